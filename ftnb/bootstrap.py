@@ -10,13 +10,13 @@ from numbers import Real
 
 from .base import UserError, Table
 
-# %% ../nbs/27_bootstrap.ipynb #05276770
+# %% ../nbs/27_bootstrap.ipynb #3267170b
 def resamples(
     n:int, # Rows
     n_boot:int, # Resamples in all
     seed:int, # The same seed draws the same rows
 ):
-    "Row indices drawn with replacement, in blocks of shape (resamples, n) that stay below 32 MB"
+    "Row indices drawn with replacement, in blocks of shape (resamples, n) of at most 32 MB where n allows"
     import numpy as np
     rng, block = np.random.default_rng(seed), max(1, 4_000_000//n)
     for done in range(0, n_boot, block): yield rng.integers(0, n, size=(min(block, n_boot-done), n))
@@ -33,7 +33,8 @@ def _column(values, name):
     col = np.array([float('nan') if x is None else x for x in values], float)
     if not len(col): raise UserError(f'There are 0 rows of {name}; an interval needs rows.')
     bad = np.flatnonzero(~np.isfinite(col))
-    if len(bad): raise UserError(f'Row {bad[0]} (counted from 0) of {name} is {col[bad[0]]}, not a finite number; leave the row out of both.')
+    if len(bad):
+        raise UserError(f'Row {bad[0]} (counted from 0) of {name} is {col[bad[0]]}, not a finite number; leave the row out of both.')
     return col
 
 # %% ../nbs/27_bootstrap.ipynb #d453ea8c
@@ -51,7 +52,7 @@ def paired_bootstrap(
     low, high = _interval((diff[idx].mean(1) for idx in resamples(len(diff), n_boot, seed)), level, n_boot)
     return dict(mean_a=float(a.mean()), mean_b=float(b.mean()), diff=float(diff.mean()), low=low, high=high, n=len(diff))
 
-# %% ../nbs/27_bootstrap.ipynb #02d550ee
+# %% ../nbs/27_bootstrap.ipynb #0ac188ac
 def ratio_bootstrap(
     base, # (loss_sum, n_tokens) per row of the base model, in nats and trained tokens
     tuned, # The same rows under the tuned model
@@ -63,7 +64,8 @@ def ratio_bootstrap(
     import numpy as np
     losses = [_column([o[0] for o in rows], f'losses of the {name} model') for rows, name in ((base, 'base'), (tuned, 'tuned'))]
     tokens = [_column([o[1] for o in rows], f'token counts of the {name} model') for rows, name in ((base, 'base'), (tuned, 'tuned'))]
-    if len(losses[0])!=len(losses[1]): raise UserError(f'The base model has {len(losses[0])} rows and the tuned {len(losses[1])}; pairs need the same rows.')
+    if len(losses[0])!=len(losses[1]):
+        raise UserError(f'The base model has {len(losses[0])} rows and the tuned {len(losses[1])}; pairs need the same rows.')
     other = np.flatnonzero(tokens[0]!=tokens[1])
     if len(other): raise UserError(f'Row {other[0]} (counted from 0) has {tokens[0][other[0]]:.0f} tokens under the base model and '
                                    f'{tokens[1][other[0]]:.0f} under the tuned; perplexities need the same tokens.')
@@ -90,7 +92,7 @@ def verdict(
     if low<=same<=high: return 'unclear'
     return 'better' if (high<same)==lower else 'worse'
 
-# %% ../nbs/27_bootstrap.ipynb #59bfd0a8
+# %% ../nbs/27_bootstrap.ipynb #30897f3f
 class Scores(Table):
     "A `Table` whose rows can be indexed, and whose numbers show four digits"
     def __getitem__(self, i): return self.rows[i]
@@ -99,9 +101,10 @@ class Scores(Table):
 
 def _paired(base_rows, tuned_rows, metric):
     "Both columns of a metric over the rows where both have a number; None if it holds something else than numbers"
+    import numpy as np
     pairs = [(o.get(metric), p.get(metric)) for o, p in zip(base_rows, tuned_rows)]
     pairs = [p for p in pairs if None not in p]
-    if pairs and all(isinstance(x, Real) for p in pairs for x in p): return list(zip(*pairs))
+    if pairs and all(isinstance(x, (Real, np.bool_)) for p in pairs for x in p): return list(zip(*pairs))
 
 def compare(
     base_rows, # One dict of metrics per row, from the base model
@@ -113,7 +116,8 @@ def compare(
     "Every metric that both have: means, difference, interval, and better, worse or unclear (None for a length, which has no direction)"
     base_rows, tuned_rows, res = list(base_rows), list(tuned_rows), []
     if len(base_rows)!=len(tuned_rows) or not base_rows:
-        raise UserError(f'There are {len(base_rows)} rows of the base model and {len(tuned_rows)} of the tuned; a comparison needs the same rows of both.')
+        raise UserError(f'There are {len(base_rows)} rows of the base model and {len(tuned_rows)} of the tuned; '
+                        'a comparison needs the same rows of both.')
     shared = set.intersection(*(set(o) for o in base_rows+tuned_rows))
     for metric in (k for k in base_rows[0] if k in shared):
         if not (cols := _paired(base_rows, tuned_rows, metric)): continue
@@ -123,4 +127,5 @@ def compare(
         word = verdict(o['low'], o['high'], metric in lower_is_better) if 2.**(1-changed)<=1-level else 'unclear'
         res.append(dict(metric=metric, base=o['mean_a'], tuned=o['mean_b'], difference=o['diff'], low=o['low'], high=o['high'],
                         n=o['n'], better=None if metric in no_direction else word))
-    return Scores(res, cols=['metric', 'base', 'tuned', 'difference', 'low', 'high', 'n', 'better'], title=f'tuned - base, {level:.0%} interval over rows')
+    cols = ['metric', 'base', 'tuned', 'difference', 'low', 'high', 'n', 'better']
+    return Scores(res, cols=cols, title=f'tuned - base, {100*level:g} % interval over rows')

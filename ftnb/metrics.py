@@ -162,7 +162,7 @@ def read_object(
     except (ValueError, RecursionError): return None
     return obj if isinstance(obj, dict) else None
 
-# %% ../nbs/26_metrics.ipynb #2d9709e3
+# %% ../nbs/26_metrics.ipynb #d5e7b09f
 def find_object(
     text:str, # A whole answer
     fields=(), # Names of which the object must have at least one; none means any object
@@ -171,7 +171,8 @@ def find_object(
     start = text.find('{')
     while start>=0:
         try: obj, _ = _strict.raw_decode(text, start)
-        except (ValueError, RecursionError): obj = None
+        except RecursionError: return None # a model that repeats an open bracket; every further try would go as deep
+        except ValueError: obj = None
         if obj is not None and (not fields or any(k in obj for k in fields)): return obj
         start = text.find('{', start+1)
 
@@ -186,7 +187,7 @@ def same_value(
     if isinstance(a, bool) or isinstance(b, bool): return a is b
     return a==b
 
-# %% ../nbs/26_metrics.ipynb #6fe5b722
+# %% ../nbs/26_metrics.ipynb #6315db5e
 def is_json_set(
     refs, # Reference answers
 )->bool: # False for no references at all
@@ -199,12 +200,13 @@ def _objects(preds, refs):
     wanted = [read_object(o) for o in refs]
     if None in wanted:
         i = wanted.index(None)
-        raise UserError(f'The reference of row {i} (counted from 0) is no JSON object: {refs[i]!r:.60}. Correct it, or leave the JSON scores out.')
+        raise UserError(f'The reference of row {i} (counted from 0) is no JSON object: {refs[i]!r:.60}. '
+                        'Correct it, or leave the JSON scores out.')
     return preds, [read_object(o) for o in preds], wanted
 
 def _right(got, want): return {k: k in got and same_value(got[k], v) for k, v in want.items()}
 
-# %% ../nbs/26_metrics.ipynb #64d5dc7a
+# %% ../nbs/26_metrics.ipynb #eb19536a
 def json_scores(
     preds, # Generated answers, one `str` per row
     refs, # References, every one a JSON object
@@ -229,16 +231,18 @@ def field_table(
         for k, right in _right(got or {}, want).items():
             o = res.setdefault(k, dict(field=k, n=0, right=0, missing=0))
             o['n'], o['right'], o['missing'] = o['n']+1, o['right']+right, o['missing']+(k not in (got or {}))
-    return Table([dict(**o, accuracy=round(o['right']/o['n'], 4)) for o in res.values()], cols=['field', 'n', 'right', 'missing', 'accuracy'])
+    rows = [dict(**o, accuracy=round(o['right']/o['n'], 4)) for o in res.values()]
+    return Table(rows, cols=['field', 'n', 'right', 'missing', 'accuracy'])
 
-# %% ../nbs/26_metrics.ipynb #73d8f9ee
+# %% ../nbs/26_metrics.ipynb #8ecee379
 def perplexity(
     loss_sum, # Negative log-likelihood summed over trained tokens, in nats: a number, or one per row
     n_tokens, # Trained tokens: a number, or one per row
 )->float: # 1 or more; inf where the exponential overflows
     "exp(sum of losses / number of trained tokens); `UserError` for no tokens or a loss that is not a number"
     losses, counts = ([float(x) for x in (o if hasattr(o, '__iter__') else [o])] for o in (loss_sum, n_tokens))
-    if len(losses)!=len(counts): raise UserError(f'There are {len(losses)} losses and {len(counts)} token counts; each row needs one of both.')
+    if len(losses)!=len(counts):
+        raise UserError(f'There are {len(losses)} losses and {len(counts)} token counts; each row needs one of both.')
     if any(map(math.isnan, losses+counts)): raise UserError('A loss or token count is NaN; the model or the labels of that row are broken.')
     if min(counts, default=0)<0 or not sum(counts): raise UserError(f'Perplexity needs trained tokens; {sum(counts):.0f} were counted.')
     try: return math.exp(sum(losses)/sum(counts))
