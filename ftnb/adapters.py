@@ -39,7 +39,7 @@ def _pair(
     if m.kind=='experts': r *= m.shape[0]
     return [Trained(m.path, (r, cols), 'lora', m.kind), Trained(m.path, (rows, r), 'lora', m.kind)]
 
-# %% ../nbs/12_adapters.ipynb #42cc2fb8
+# %% ../nbs/12_adapters.ipynb #2438c5e9
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING`: names of gate and up (fused), and of down
 expert_names = dict(mixtral=(('w1', 'w3'), 'w2'), qwen3_moe=(('gate_proj', 'up_proj'), 'down_proj'))
 
@@ -54,30 +54,42 @@ def _split_experts(
     asked = set(last.values()) & {'gate', down, *fused}
     if 0 < len(asked & set(fused)) < 2:
         raise UserError(f'lora_target_modules: {" and ".join(fused)} of {arch.model_type} are one fused tensor. Name both or neither.')
-    ranks = {('router', 'gate'): r*('gate' in asked), ('experts', 'down_proj'): r*(down in asked), ('experts', 'gate_up_proj'): 2*r*(fused[0] in asked)}
+    ranks = {('router', 'gate'): r*('gate' in asked), ('experts', 'down_proj'): r*(down in asked),
+        ('experts', 'gate_up_proj'): 2*r*(fused[0] in asked)}
     wrapped = [(m, ranks[m.kind, m.name]) for m in arch.modules() if ranks.get((m.kind, m.name))]
     return wrapped, [t for t in targets if last[t] not in asked]
 
-# %% ../nbs/12_adapters.ipynb #e6cd5a58
+# %% ../nbs/12_adapters.ipynb #1ab45efb
+def _targets(arch:Arch, lora_target_modules):
+    "The names that `all-linear` stands for; other targets as they are"
+    targets, moe = lora_target_modules, expert_names.get(arch.model_type)
+    if not isinstance(targets, str): return targets
+    if targets.lower()=='all-linear':
+        paths = [m.path for m in arch.modules() if m.kind=='linear' and m.path!='lm_head']
+        return list({p.rpartition('.')[2] for p in paths} | {'gate', moe[1], *moe[0]}) if moe else paths
+    if not moe: return targets
+    raise UserError(f'lora_target_modules: {targets!r} is an expression, which can not be counted for {arch.model_type}. Give a list of names.')
+
+def _match(m:Module, targets)->bool:
+    "Does an expression match the whole path, or a name in the list its end?"
+    if isinstance(targets, str): return bool(re.fullmatch(targets, m.path))
+    parts = m.path.split('.')
+    return m.kind!='experts' and any('.'.join(parts[i:]) in targets for i in range(len(parts)))
+
+# %% ../nbs/12_adapters.ipynb #0f8be871
 def _wrapped(arch:Arch, lora_r:int, lora_target_modules, modules_to_save)->list:
     "(module, rank) of every module that gets an adapter"
-    mods, moe, targets, experts = arch.modules(), arch.model_type in expert_names, lora_target_modules, []
-    if isinstance(targets, str) and targets.lower()=='all-linear':
-        targets = [m.path for m in mods if m.kind=='linear' and m.path!='lm_head']
-        if moe: targets = list({t.rpartition('.')[2] for t in targets} | {'gate', expert_names[arch.model_type][1], *expert_names[arch.model_type][0]})
-    elif isinstance(targets, str) and moe: raise UserError(f'lora_target_modules: {targets!r} is an expression, which can not be counted for {arch.model_type}. Give a list of names.')
-    if moe: experts, targets = _split_experts(arch, targets, lora_r)
-    if isinstance(targets, str): hits = [m for m in mods if re.fullmatch(targets, m.path)]
-    else:
-        names = set(targets)
-        hits = [m for m in mods if m.kind!='experts' and any(m.path[i:] in names for i in [0]+[j.end() for j in re.finditer(r'\.', m.path)])]
-    hits = [m for m in hits if not any(re.match(rf'(^|.*\.){s}($|\..*)', m.path) for s in modules_to_save)]
+    mods, targets, experts = arch.modules(), _targets(arch, lora_target_modules), []
+    if arch.model_type in expert_names: experts, targets = _split_experts(arch, targets, lora_r)
+    if not isinstance(targets, str): targets = set(targets)
+    saved = [re.compile(rf'(^|.*\.){s}($|\..*)') for s in modules_to_save]
+    hits = [m for m in mods if _match(m, targets) and not any(s.match(m.path) for s in saved)]
     if bad := [m for m in hits if m.kind not in ('linear', 'embedding')]:
         raise UserError(f'lora_target_modules: {bad[0].path} is a {bad[0].kind}, which LoRA can not wrap. Name linear layers.')
     if not hits and not experts:
         names = sorted({m.name for m in mods if m.kind=='linear'})
-        raise UserError(f'lora_target_modules: {lora_target_modules!r} is no layer of {arch.model_type}.'
-                        f'{nearest(next(iter(targets), "") if not isinstance(targets, str) else targets, names)} Its linear layers: {", ".join(names)}.')
+        near = nearest(targets if isinstance(targets, str) else min(targets, default=''), names)
+        raise UserError(f'lora_target_modules: {lora_target_modules!r} is no layer of {arch.model_type}.{near} Its linear layers: {", ".join(names)}.')
     return [(m, lora_r) for m in hits]+experts
 
 # %% ../nbs/12_adapters.ipynb #596e6e36
@@ -92,7 +104,7 @@ def _copied(arch:Arch, modules_to_save)->list:
             raise UserError(f'modules_to_save: {s!r} is no module of {arch.model_type}.{nearest(s, {m.name for m,_ in paths})}')
     return [m for m,ps in paths if any(p.endswith(s) for p in ps for s in modules_to_save)]
 
-# %% ../nbs/12_adapters.ipynb #a15da798
+# %% ../nbs/12_adapters.ipynb #09d5d7c6
 def trained(
     arch:Arch, # The model
     peft:str='lora', # full, lora or qlora
@@ -108,8 +120,8 @@ def trained(
     wrapped = _wrapped(arch, lora_r, lora_target_modules, modules_to_save or ())
     biased = dict(none=[], all=arch.modules(), lora_only=[m for m,_ in wrapped])[bias]
     copies = _copied(arch, modules_to_save or ())
-    return [*[t for m,r in wrapped for t in _pair(m, r)], *[t for m in copies for t in _own(m, 'copy')],
-            *[Trained(m.path, m.shape[:1], 'bias', m.kind) for m in biased if m.bias and m not in copies]]
+    biases = [Trained(m.path, m.shape[:1], 'bias', m.kind) for m in biased if m.bias and m not in copies]
+    return [t for m,r in wrapped for t in _pair(m, r)]+[t for m in copies for t in _own(m, 'copy')]+biases
 
 # %% ../nbs/12_adapters.ipynb #4221a714
 @patch

@@ -5,32 +5,36 @@
 # %% auto #0
 __all__ = ['renamed', 'reshaped', 'respelled', 'needless', 'apply_aliases']
 
-# %% ../nbs/02_aliases.ipynb #6719ce6b
+# %% ../nbs/02_aliases.ipynb #1e9d21e8
+import enum
 from .base import UserError
 from .refused import refused
 
-# %% ../nbs/02_aliases.ipynb #b86fce57
+# %% ../nbs/02_aliases.ipynb #ae875217
 renamed = dict(
     # Transformers
-    torch_dtype='dtype', evaluation_strategy='eval_strategy', gradient_checkpointing='activation_checkpointing', use_gradient_checkpointing='activation_checkpointing',
-    gradient_checkpointing_kwargs='activation_checkpointing_kwargs', no_cuda='use_cpu', xpu_backend='ddp_backend', push_to_hub_model_id='hub_model_id',
+    torch_dtype='dtype', evaluation_strategy='eval_strategy', no_cuda='use_cpu', xpu_backend='ddp_backend', attn_impl='attn_implementation',
+    gradient_checkpointing='activation_checkpointing', use_gradient_checkpointing='activation_checkpointing',
+    gradient_checkpointing_kwargs='activation_checkpointing_kwargs', push_to_hub_model_id='hub_model_id', revision='model_revision',
     model='model_name_or_path', model_name='model_name_or_path', model_id='model_name_or_path', base_model='model_name_or_path',
-    pretrained_model_name_or_path='model_name_or_path', base_model_name_or_path='model_name_or_path', revision='model_revision', attn_impl='attn_implementation',
-    batch_size='per_device_train_batch_size', micro_batch_size='per_device_train_batch_size', train_batch_size='per_device_train_batch_size',
-    per_gpu_train_batch_size='per_device_train_batch_size', per_gpu_eval_batch_size='per_device_eval_batch_size', eval_batch_size='per_device_eval_batch_size',
-    epochs='num_train_epochs', num_epochs='num_train_epochs', lr='learning_rate', lr_scheduler='lr_scheduler_type', random_state='seed', output='output_dir',
-    tracker='report_to', log_with='report_to', max_eval_rows='max_eval_samples', max_samples='max_train_samples',
+    pretrained_model_name_or_path='model_name_or_path', base_model_name_or_path='model_name_or_path',
+    batch_size='per_device_train_batch_size', micro_batch_size='per_device_train_batch_size',
+    train_batch_size='per_device_train_batch_size', per_gpu_train_batch_size='per_device_train_batch_size',
+    per_gpu_eval_batch_size='per_device_eval_batch_size', eval_batch_size='per_device_eval_batch_size',
+    epochs='num_train_epochs', num_epochs='num_train_epochs', lr='learning_rate', lr_scheduler='lr_scheduler_type', random_state='seed',
+    output='output_dir', tracker='report_to', log_with='report_to', max_eval_rows='max_eval_samples', max_samples='max_train_samples',
     # PEFT and bitsandbytes
-    r='lora_r', lora_rank='lora_r', peft_lora_r='lora_r', peft_lora_alpha='lora_alpha', target_modules='lora_target_modules', modules_to_save='lora_modules_to_save',
-    bias='lora_bias', bnb_4bit_use_double_quant='use_bnb_nested_quant', use_nested_quant='use_bnb_nested_quant', use_4bit='load_in_4bit', use_8bit='load_in_8bit',
+    r='lora_r', lora_rank='lora_r', peft_lora_r='lora_r', peft_lora_alpha='lora_alpha', bias='lora_bias',
+    target_modules='lora_target_modules', modules_to_save='lora_modules_to_save', bnb_4bit_use_double_quant='use_bnb_nested_quant',
+    use_nested_quant='use_bnb_nested_quant', use_4bit='load_in_4bit', use_8bit='load_in_8bit',
     # Data
-    dataset_name='dataset', datasets='dataset', dataset_path='dataset', train_dataset='dataset', train_file='dataset', data_path='dataset', val_size='valid_size',
-    dataset_config_name='dataset_config', dataset_split='dataset_train_split', preprocessing_num_workers='dataset_num_proc', response_only_loss='assistant_only_loss',
-    train_on_responses_only='assistant_only_loss', max_seq_length='max_length', seq_length='max_length', model_max_length='max_length', cutoff_len='max_length',
-    sequence_len='max_length',
+    dataset_name='dataset', datasets='dataset', dataset_path='dataset', train_dataset='dataset', train_file='dataset', data_path='dataset',
+    dataset_config_name='dataset_config', dataset_split='dataset_train_split', preprocessing_num_workers='dataset_num_proc',
+    val_size='valid_size', response_only_loss='assistant_only_loss', train_on_responses_only='assistant_only_loss',
+    max_seq_length='max_length', seq_length='max_length', model_max_length='max_length', cutoff_len='max_length', sequence_len='max_length',
 )
 
-# %% ../nbs/02_aliases.ipynb #610b215d
+# %% ../nbs/02_aliases.ipynb #3ead299f
 def _number(v):
     "`v` as a number"
     try: return float(v)
@@ -50,7 +54,7 @@ def _peft_type(v):
     return dict(peft='lora')
 
 def _truncation(v):
-    if v!='keep_start': raise UserError('cuts the beginning of a row off, which TRL gives up too; set excess_length_strategy: truncate, drop or raise')
+    if v!='keep_start': raise UserError('cuts the beginning of a row off, which TRL gives up too; set excess_length_strategy')
     return dict(excess_length_strategy='truncate')
 
 _mixed = {'bf16':dict(bf16=True), 'fp16':dict(fp16=True), 'no':dict(bf16=False, fp16=False), False:dict(bf16=False, fp16=False)}
@@ -58,12 +62,17 @@ def _precision(v):
     if v not in list(_mixed): raise UserError('is not one of no, bf16, fp16; set bf16 or fp16')
     return _mixed[v]
 
-# %% ../nbs/02_aliases.ipynb #81d4c10a
-def _yes(v): return str(v).lower() in ('true', 'yes', 'on', '1')
+# %% ../nbs/02_aliases.ipynb #754fab3d
+_words = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+def _yes(v):
+    "`v` as true or false"
+    if str(v).lower() not in _words: raise UserError('is not true or false')
+    return _words[str(v).lower()]
+
 def _use_peft(v): return dict(peft='lora' if _yes(v) else 'full')
 
-reshaped = dict(warmup_ratio=_warmup, validation_split_percentage=_percent, peft_type=_peft_type, truncation_mode=_truncation, mixed_precision=_precision,
-    use_peft=_use_peft, use_lora=_use_peft, full_finetuning=lambda v: dict(peft='full' if _yes(v) else 'lora'),
+reshaped = dict(warmup_ratio=_warmup, validation_split_percentage=_percent, peft_type=_peft_type, truncation_mode=_truncation,
+    mixed_precision=_precision, use_peft=_use_peft, use_lora=_use_peft, full_finetuning=lambda v: dict(peft='full' if _yes(v) else 'lora'),
     group_by_length=lambda v: dict(train_sampling_strategy='group_by_length' if _yes(v) else 'random'),
     dataset_text_field=lambda v: dict(mapping=dict(text=v)) if v and v!='text' else {},
     completion_only_loss=lambda v: {} if v is None else dict(assistant_only_loss=v),
@@ -73,7 +82,7 @@ reshaped = dict(warmup_ratio=_warmup, validation_split_percentage=_percent, peft
     torchdynamo=lambda v: dict(torch_compile=True, torch_compile_backend=v) if v else {},
     gradient_checkpointing_use_reentrant=lambda v: dict(activation_checkpointing_kwargs=dict(use_reentrant=_yes(v))))
 
-# %% ../nbs/02_aliases.ipynb #e9899e64
+# %% ../nbs/02_aliases.ipynb #9435eb7e
 _dtypes = dict(bf16='bfloat16', fp16='float16', half='float16', fp32='float32', float='float32')
 def _dtype(v):
     if v is None: return 'auto'
@@ -81,26 +90,27 @@ def _dtype(v):
     return _dtypes.get(v, v)
 
 def _bias(v):
-    if isinstance(v, bool) and v: raise UserError('is PEFT\'s bias inside the adapter, which is not in this version; which biases are trained is none, all or lora_only')
+    if v is True: raise UserError('is PEFT\'s bias inside the adapter, which is not in this version; lora_bias is none, all or lora_only')
     return 'none' if v is False or v is None else v
 
 def _strategy(v): return 'no' if v is False else v
 def _optim(v): return dict(adamw_hf='adamw_torch', adamw_apex_fused='adamw_torch_fused').get(v, v) if isinstance(v, str) else v
 
-respelled = dict(dtype=_dtype, bnb_4bit_compute_dtype=_dtype, merge_dtype=_dtype, bnb_4bit_quant_storage=lambda v: v and _dtype(v), lora_bias=_bias,
+respelled = dict(dtype=_dtype, bnb_4bit_compute_dtype=_dtype, merge_dtype=_dtype, lora_bias=_bias,
+    bnb_4bit_quant_storage=lambda v: v and _dtype(v),
     eval_strategy=_strategy, save_strategy=_strategy, optim=_optim, packing_strategy=lambda v: 'bfd' if v=='ffd' else v,
     activation_checkpointing=lambda v: True if v=='unsloth' else v, fsdp=lambda v: ' '.join(v) if isinstance(v, (list, tuple)) else v)
 
-# %% ../nbs/02_aliases.ipynb #428eff62
-needless = dict(task_type='CAUSAL_LM', lora_task_type='CAUSAL_LM', inference_mode=False, fan_in_fan_out=False, logging_strategy='steps', local_rank=-1,
-    save_safetensors=True, use_safetensors=True, low_cpu_mem_usage=True, use_fast=True, use_fast_tokenizer=True, average_tokens_across_devices=True, loss_type='nll',
-    mlm=False, ignore_index=-100, num_beams=1, num_return_sequences=1, lora_bias=False)
+# %% ../nbs/02_aliases.ipynb #6265b289
+needless = dict(task_type='CAUSAL_LM', lora_task_type='CAUSAL_LM', inference_mode=False, fan_in_fan_out=False, lora_bias=False,
+    logging_strategy='steps', local_rank=-1, save_safetensors=True, average_tokens_across_devices=True, loss_type='nll',
+    low_cpu_mem_usage=True, use_fast=True, use_fast_tokenizer=True, mlm=False, ignore_index=-100, num_beams=1, num_return_sequences=1)
 
-# %% ../nbs/02_aliases.ipynb #0a9514eb
+# %% ../nbs/02_aliases.ipynb #379e2f1c
 def _sets(k, v, fields):
-    "What key `k` with value `v` sets: values by recipe field"
-    v = v.value if hasattr(v, '__members__') or hasattr(type(v), '__members__') else v
-    if k in needless and needless[k]==v and isinstance(needless[k], bool)==isinstance(v, bool): return {}
+    "What key `k` with value `v` sets, by recipe field; None if the key is refused"
+    if isinstance(v, enum.Enum): v = v.value
+    if k in needless and type(v) is type(needless[k]) and v==needless[k]: return {}
     try:
         if k in fields: new = {k:v}
         elif k in renamed: new = {renamed[k]:v}
@@ -113,7 +123,7 @@ def _sets(k, v, fields):
 def _note(k, v, new):
     "One sentence on what became of key `k`, or None if it stayed as it was"
     told = ', '.join(f'{n}: {x}' for n,x in new.items())
-    if not new: return f'{k}: {v} is how it always is here; it is left out'
+    if not new: return f'{k}: {v} changes nothing here; it is left out'
     if k not in new: return f'{k} is called {", ".join(new)} here: set {told}'
     if str(new[k])!=str(v): return f'{k}: {v} is spelled {told} here'
 

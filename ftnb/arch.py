@@ -27,7 +27,7 @@ class Module(NamedTuple):
     @property
     def params(self)->int: return prod(self.shape)+self.bias*self.shape[0]
 
-# %% ../nbs/10_arch.ipynb #114aa998
+# %% ../nbs/10_arch.ipynb #c2803a71
 class Layout(NamedTuple):
     "Where a family's modules are and what they are called"
     block:str='model.layers' # The list of blocks
@@ -40,32 +40,31 @@ class Layout(NamedTuple):
     embed:str='model.embed_tokens' # Token embedding
     norm:str='model.norm' # After the last block
     norm_bias:bool=False # LayerNorm has a bias, RMSNorm has none
-
 layouts = dict(llama=Layout(),
     phi=Layout(out='dense', up=('fc1',), gated=False, down='fc2', norm='model.final_layernorm', norm_bias=True),
     phi3=Layout(qkv=('qkv_proj',), up=('gate_up_proj',)),
     falcon=Layout('transformer.h', 'self_attention', ('query_key_value',), 'dense', ('dense_h_to_4h',), False, 'dense_4h_to_h',
         'transformer.word_embeddings', 'transformer.ln_f', True))
 
-# %% ../nbs/10_arch.ipynb #653bd7ce
+# %% ../nbs/10_arch.ipynb #da513bd1
 _llama = dict(num_key_value_heads=None, head_dim=None, tie_word_embeddings=False, max_position_embeddings=2048)
-_gemma = dict(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192, sliding_window=4096, attention_bias=False)
+_gemma = dict(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192,
+    sliding_window=4096, attention_bias=False)
 _qwen = dict(num_key_value_heads=32, head_dim=None, tie_word_embeddings=False, max_position_embeddings=32768,
     use_sliding_window=False, sliding_window=4096)
-_moe = dict(decoder_sparse_step=1, mlp_only_layers=None)
 defaults = dict(
     llama=dict(_llama, attention_bias=False, mlp_bias=False),
     mistral=dict(_llama, num_key_value_heads=8, max_position_embeddings=4096*32, sliding_window=4096),
     mixtral=dict(_llama, num_key_value_heads=8, max_position_embeddings=4096*32, sliding_window=None),
     qwen2=_qwen, qwen3=dict(_qwen, head_dim=128, attention_bias=False),
-    qwen2_moe=dict(_qwen, **_moe, num_key_value_heads=16, qkv_bias=True),
-    qwen3_moe=dict(_qwen, **_moe, num_key_value_heads=4, attention_bias=False),
-    gemma={**_gemma, 'num_key_value_heads':16, 'sliding_window':None}, gemma2=_gemma, gemma3_text=dict(_gemma, max_position_embeddings=131072),
+    qwen2_moe=dict(_qwen, num_key_value_heads=16, qkv_bias=True, decoder_sparse_step=1, mlp_only_layers=None),
+    qwen3_moe=dict(_qwen, num_key_value_heads=4, attention_bias=False, decoder_sparse_step=1, mlp_only_layers=None),
+    gemma=dict(_gemma, num_key_value_heads=16, sliding_window=None), gemma2=_gemma, gemma3_text=dict(_gemma, max_position_embeddings=131072),
     phi=dict(_llama, qk_layernorm=False), phi3=dict(_llama, max_position_embeddings=4096, sliding_window=None),
     falcon=dict(tie_word_embeddings=True, max_position_embeddings=2048, num_kv_heads=None, multi_query=True, new_decoder_architecture=False,
         parallel_attn=True, num_ln_in_parallel_attn=None, bias=False, ffn_hidden_size=None))
 
-# %% ../nbs/10_arch.ipynb #f4c39e51
+# %% ../nbs/10_arch.ipynb #80643b40
 _two = ('input_layernorm', 'post_attention_layernorm')
 _four, _qk = _two+('pre_feedforward_layernorm', 'post_feedforward_layernorm'), ('q_norm', 'k_norm')
 
@@ -78,7 +77,6 @@ class Family(NamedTuple):
     norms:tuple=_two # Per block
     qk_norms:tuple=() # Per head, inside attention
     expert_size:str='' # Key with the width of one expert, for mixtures of experts
-
 _ab = 'attention_bias'
 families = dict(llama=Family('llama', _ab, _ab, 'mlp_bias'), mistral=Family(), mixtral=Family(expert_size='intermediate_size'),
     qwen2=Family(qkv_bias=True), qwen3=Family('llama', _ab, _ab, qk_norms=_qk),
@@ -132,14 +130,15 @@ def _count(c, key, where, least=1)->int:
     if type(c[key]) is not int or c[key]<least: raise UserError(f'{key}: {c[key]!r} in {where} is not a whole number from {least} up.')
     return c[key]
 
-# %% ../nbs/10_arch.ipynb #2ff05eaa
+# %% ../nbs/10_arch.ipynb #cf7bbd86
 def _experts(c, fam, layers, where)->dict:
     "The fields of a mixture of experts; as in Qwen's decoder layers, some blocks may stay dense"
     if not fam.expert_size: return {}
     key = 'num_local_experts' if 'num_local_experts' in c else 'num_experts'
     dense = set(c.get('mlp_only_layers') or ()) | {i for i in range(layers) if (i+1)%(c.get('decoder_sparse_step') or 1)}
-    return dict(experts=_count(c, key, where), experts_per_token=_count(c, 'num_experts_per_tok', where), expert_size=_count(c, fam.expert_size, where),
-        shared_expert_size=_count(c, 'shared_expert_intermediate_size', where) if c['model_type']=='qwen2_moe' else 0, dense_layers=tuple(sorted(i for i in dense if 0<=i<layers)))
+    return dict(experts=_count(c, key, where), experts_per_token=_count(c, 'num_experts_per_tok', where),
+        expert_size=_count(c, fam.expert_size, where), dense_layers=tuple(sorted(dense & set(range(layers)))),
+        shared_expert_size=_count(c, 'shared_expert_intermediate_size', where) if c['model_type']=='qwen2_moe' else 0)
 
 def _falcon(c, heads, hidden)->dict:
     "Falcon's own keys: `multi_query` has one key-value head, and parallel blocks one or two norms"
@@ -148,7 +147,7 @@ def _falcon(c, heads, hidden)->dict:
     return dict(kv_heads=(c['num_kv_heads'] or heads) if new else 1 if c['multi_query'] else heads, head_dim=hidden//heads,
         intermediate_size=c['ffn_hidden_size'] or 4*hidden, norms=_two if not c['parallel_attn'] else ('ln_attn', 'ln_mlp') if two else _two[:1])
 
-# %% ../nbs/10_arch.ipynb #210ee998
+# %% ../nbs/10_arch.ipynb #39289c01
 @patch(cls_method=True)
 def read(cls:Arch,
     src, # A config.json, a folder that holds one, or its content as a dict
@@ -165,7 +164,7 @@ def read(cls:Arch,
     else: own = dict(intermediate_size=_count(c, 'intermediate_size', where), norms=fam.norms,
         kv_heads=heads if c['num_key_value_heads'] is None else _count(c, 'num_key_value_heads', where),
         head_dim=hidden//heads if c['head_dim'] is None else _count(c, 'head_dim', where))
-    given = lambda v: bool(c[v] if isinstance(v, str) else v)
+    def given(v): return bool(c[v] if isinstance(v, str) else v)
     return cls(model_type=t, layers=layers, hidden_size=hidden, heads=heads, vocab_size=vocab, tied=bool(c['tie_word_embeddings']),
         max_position_embeddings=_count(c, 'max_position_embeddings', where),
         sliding_window=c.get('sliding_window') if c.get('use_sliding_window', True) else None,
@@ -236,7 +235,7 @@ def norm_params(self:Arch)->int:
     "Weights of all norms"
     return sum(m.params for m in self.modules() if m.kind=='norm')
 
-# %% ../nbs/10_arch.ipynb #67cb2c09
+# %% ../nbs/10_arch.ipynb #997ee9b3
 class Linear(NamedTuple):
     "All linear layers of one name and shape"
     name:str # Last part of the path
@@ -244,7 +243,6 @@ class Linear(NamedTuple):
     out_features:int # Output width
     count:int # Layers like this in the model
     bias:bool # Has one
-
 @patch
 def linears(self:Arch)->list:
     "Every `nn.Linear` of the model as `Linear`, `lm_head` included; fused experts and routers are none"

@@ -60,7 +60,7 @@ def needs()->list: # (name, specifier, extra), the extra empty for what every in
         if extra is not None and q.name!='ftnb': out.append((q.name, q.specifier, extra))
     return out
 
-# %% ../nbs/41_doctor.ipynb #d30f9bbf
+# %% ../nbs/41_doctor.ipynb #2b54d723
 def package_row(
     name:str, # A package
     spec, # The versions that ftnb takes, a `SpecifierSet`
@@ -71,7 +71,8 @@ def package_row(
     "The installed version of a package against what ftnb needs and what the lock has"
     from packaging.utils import canonicalize_name
     from packaging.version import Version
-    want, get = lock.get(canonicalize_name(name)), 'pip install '+(f'-c {shlex.quote(str(path))} ' if path else '')+(f'"ftnb[{extra}]"' if extra else 'ftnb')
+    want, pinned = lock.get(canonicalize_name(name)), f'-c {shlex.quote(str(path))} ' if path else ''
+    get = f'pip install {pinned}' + (f'"ftnb[{extra}]"' if extra else 'ftnb')
     try: have = metadata.version(name)
     except metadata.PackageNotFoundError: have = None
     if have is None: return finding(name, 'missing', 'warn' if extra=='lab' else 'fail', get)
@@ -81,7 +82,7 @@ def package_row(
     if a==b: return finding(name, f'{have}, same as the lock')
     return finding(name, f'{have}, {"older" if a<b else "newer"} than {want} of the lock', 'warn', f'if something fails: {get}')
 
-# %% ../nbs/41_doctor.ipynb #143b5dc0
+# %% ../nbs/41_doctor.ipynb #1e58885d
 def torch_facts()->dict: # version, cuda, gpus, mps
     "What torch can use on this machine; imports torch"
     import torch
@@ -102,7 +103,8 @@ def bnb_facts()->dict: # device, right
 def _ask(name, seconds=60):
     "Start `name` of this module in another process; call the result to wait for its answer"
     code = f'import json; from ftnb.doctor import {name}; print(json.dumps({name}()))'
-    try: p = subprocess.Popen([sys.executable, '-P', '-c', code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace')
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try: p = subprocess.Popen([sys.executable, '-P', '-c', code], text=True, errors='replace', **pipes)
     except OSError as e: return lambda: dict(error=str(e))
     def answer():
         try: out, err = p.communicate(timeout=seconds)
@@ -114,7 +116,7 @@ def _ask(name, seconds=60):
         return dict(error=(err.strip().splitlines() or [f'its process ended with code {p.returncode}'])[-1])
     return answer
 
-# %% ../nbs/41_doctor.ipynb #37ede840
+# %% ../nbs/41_doctor.ipynb #d7cef52e
 def cpu_bf16(
     cpuinfo='/proc/cpuinfo', # Where Linux describes the processor
 )->str: # The flag, '' without one, None if the system does not tell
@@ -132,26 +134,32 @@ def device_rows(
     "Rows `device` and `dtypes`"
     if 'error' in facts: return [finding('device', f'torch can not be used: {facts["error"]}', 'fail', 'pip install "ftnb[train]"')]
     if gpus := facts['gpus']:
-        text = ' · '.join(f'{g["name"]}, capability {g["capability"][0]}.{g["capability"][1]}, {gib(g["total"])} ({gib(g["free"])} free)' for g in gpus)
+        memory = [f'{gib(g["total"])} ({gib(g["free"])} free)' for g in gpus]
+        text = ' · '.join('{name}, capability {capability[0]}.{capability[1]}, '.format(**g)+m for g,m in zip(gpus, memory))
         bf16 = min(g['capability'] for g in gpus)>=[8, 0]
-        return [finding('device', text), finding('dtypes', 'bfloat16, float16, float32' if bf16 else 'float16, float32; bfloat16 needs capability 8.0')]
+        kinds = 'bfloat16, float16, float32' if bf16 else 'float16, float32; bfloat16 needs capability 8.0'
+        return [finding('device', text), finding('dtypes', kinds)]
     if facts['mps']: return [finding('device', 'Apple GPU (MPS)'), finding('dtypes', 'float16, float32; bfloat16 from macOS 14 on')]
     native = {None:'whether it is native is unknown', '':'not native, so slow'}.get(flag, f'native ({flag})')
-    todo = 'nvidia-smi shows whether the driver is well' if facts['cuda'] else 'install a torch with CUDA: https://pytorch.org/get-started/locally/'
-    device = f'CPU, {os.cpu_count()} cores'
-    return [finding('device', f'{device}; there is an NVIDIA driver that torch can not use', 'warn', todo) if nvidia else finding('device', device),
-        finding('dtypes', f'float32; bfloat16 works, {native}')]
+    device = finding('device', f'CPU, {os.cpu_count()} cores')
+    if nvidia:
+        todo = 'see whether nvidia-smi shows it' if facts['cuda'] else 'install a torch with CUDA: https://pytorch.org/get-started/locally'
+        device = finding('device', f'{device["found"]}; there is an NVIDIA driver that torch can not use', 'warn', todo)
+    return [device, finding('dtypes', f'float32; bfloat16 works, {native}')]
 
 def bnb_row(
     facts:dict, # Of `bnb_facts`
 )->dict:
     "Whether 4-bit and 8-bit layers can be had"
-    if 'error' in facts: return finding('4-bit layers', f'bitsandbytes is not usable: {facts["error"]}', 'warn', 'qlora and load_in_8bit need it: pip install "ftnb[train]"')
-    if not facts['right']: return finding('4-bit layers', f'bitsandbytes quantises wrongly on {facts["device"]}', 'fail', 'pip install --upgrade bitsandbytes, or leave load_in_4bit out')
+    if 'error' in facts:
+        return finding('4-bit layers', f'bitsandbytes is not usable: {facts["error"]}', 'warn', 'only qlora needs it: pip install "ftnb[train]"')
+    if not facts['right']:
+        return finding('4-bit layers', f'bitsandbytes quantises wrongly on {facts["device"]}', 'fail', 'pip install --upgrade bitsandbytes')
     return finding('4-bit layers', f'bitsandbytes works on {facts["device"]}')
 
-# %% ../nbs/41_doctor.ipynb #290278e6
-_demo_ram, _demo_disk = 3e9, 2e9  # bytes: peak of a bf16 LoRA step of SmolLM2-135M; its weights in float32 and merged, checkpoints, room to write
+# %% ../nbs/41_doctor.ipynb #1c444114
+_demo_ram = 3e9  # bytes, measured: the peak of a bf16 LoRA step of SmolLM2-135M is 2.9 GB
+_demo_disk = 2e9  # bytes: 0.54 GB of its weights, 0.27 GB merged, checkpoints, and as much again to write beside them
 
 def ram_row()->dict:
     "Memory of the machine, or of the container if that has less"
@@ -160,7 +168,8 @@ def ram_row()->dict:
     for f in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
         if os.path.exists(f) and (text := Path(f).read_text().strip()).isdigit(): limit = int(text)
     total, free = min(m.total, limit), min(m.available, limit)
-    return finding('RAM', f'{gib(total)}, {gib(free)} available', *([] if free>=_demo_ram else ['warn', f'close other programs: the demo needs {size(_demo_ram)}']))
+    short = ['warn', f'close other programs: the demo needs {size(_demo_ram)}'] if free<_demo_ram else []
+    return finding('RAM', f'{gib(total)}, {gib(free)} available', *short)
 
 def disk_row(
     check:str, # Name of the row
@@ -170,11 +179,13 @@ def disk_row(
     "Free space where `path` is or will be"
     p = Path(path).expanduser().absolute()
     while not p.exists(): p = p.parent
-    if not (p.is_dir() and os.access(p, os.W_OK)): return finding(check, f'{path}: {p} can not be written', 'fail', f'set {setting} to a folder that you may write to')
+    if not (p.is_dir() and os.access(p, os.W_OK)):
+        return finding(check, f'{path}: {p} can not be written', 'fail', f'set {setting} to a folder that you may write to')
     free = shutil.disk_usage(p).free
-    return finding(check, f'{size(free)} free at {path}', *([] if free>=_demo_disk else ['warn', f'free some space, or set {setting} to another disk']))
+    short = ['warn', f'free some space, or set {setting} to another disk'] if free<_demo_disk else []
+    return finding(check, f'{size(free)} free at {path}', *short)
 
-# %% ../nbs/41_doctor.ipynb #e30f2d09
+# %% ../nbs/41_doctor.ipynb #918d27b2
 def _in_time(look, seconds):
     "Start `look` in a thread; call the result to wait for its value, or for None after `seconds`"
     box = []
@@ -215,6 +226,7 @@ def doctor(
     rows += _rows('disk, runs', disk_row, 'disk, runs', settings.runs, 'runs in settings.ini')
     rows += _rows('disk, cache', disk_row, 'disk, cache', ftnb_home(), 'FTNB_HOME')
     rows += [*token, *_rows('.env', env_row, start, settings.root)]
-    rows += model() or [finding('model', f'{name}: no answer from the hub within {timeout:g} s', 'fail', 'check the network, or give a local folder')]
+    late = finding('model', f'{name}: no answer from the hub within {timeout:g} s', 'fail', 'check the network, or give a local folder')
+    rows += model() or [late]
     bad = sum(r['verdict']=='fail' for r in rows)
     return Doctor(rows, cols=['check', 'found', 'verdict', 'what to do'], title=f'ftnb {__version__}: {bad or "nothing"} to mend')

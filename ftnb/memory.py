@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['itemsize', 'optims', 'nf4_bytes', 'int8_bytes', 'quantised', 'optimizer_bytes', 'Estimate', 'at_least']
 
-# %% ../nbs/16_memory.ipynb #a5b4efe7
+# %% ../nbs/16_memory.ipynb #147ac226
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Optional
 from .base import Table, UserError, gib, nearest
-from .arch import Arch, Module
+from .arch import Arch
 from .adapters import Trained, trained
 
 # %% ../nbs/16_memory.ipynb #7e7538d1
@@ -51,7 +51,7 @@ def _size(t:Trained, size:int, bits:int)->int:
     if bits<16: return 2
     return 4 if t.kind=='lora' else size
 
-# %% ../nbs/16_memory.ipynb #d3bcf96d
+# %% ../nbs/16_memory.ipynb #c383f886
 def _torch(states, more=0):
     "So many numbers per weight, in its type, and bytes per tensor"
     return lambda t, size: states*t.params*size+more
@@ -65,11 +65,12 @@ def _in_8bit(t):
 def _bnb8(states): return lambda t, size: states*(t.params+4*ceil(t.params/256) if _in_8bit(t) else 4*t.params)
 
 def _adafactor(t, size):
-    "Means over the last and over the last but one axis, in the type of the gradient"
+    "float32 means over the last and over the last but one axis, and the size of the update"
     s = t.shape
-    return size*(prod(s[:-1])+prod(s[:-2]+s[-1:]) if len(s)>1 else s[0])
+    return 4+4*(prod(s[:-1])+prod(s[:-2]+s[-1:]) if len(s)>1 else s[0])
 
-optims = dict(adamw_torch=_torch(2), adamw_torch_fused=_torch(2, 4), adafactor=_adafactor, sgd=_torch(0), adagrad=_torch(1), rmsprop=_torch(1),
+optims = dict(adamw_torch=_torch(2), adamw_torch_fused=_torch(2, 4), adafactor=_adafactor,
+    sgd=_torch(0), adagrad=_torch(1), rmsprop=_torch(1),
     adamw_8bit=_bnb8(2), adamw_bnb_8bit=_bnb8(2), paged_adamw_8bit=_bnb8(2), paged_adamw_32bit=_bnb32(2),
     lion_8bit=_bnb8(1), paged_lion_8bit=_bnb8(1), lion_32bit=_bnb32(1), paged_lion_32bit=_bnb32(1))
 

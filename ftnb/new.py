@@ -46,7 +46,7 @@ def _recipe_text(r, given, file):
         out.append(f'{line:<40}  # {help_text[k]}\n')
     return ''.join(out)
 
-# %% ../nbs/40_new.ipynb #8b016931
+# %% ../nbs/40_new.ipynb #1d185c48
 never_in_git = ('.env', '.credentials', 'runs/', 'checkpoints/', '*.safetensors', '*.bin', '*.pt', '*.pth', '*.gguf')
 
 def ignore_line(
@@ -58,7 +58,7 @@ def ignore_line(
     path = path.parent.resolve()/path.name  # git sees a link as the link, so only the way to it is resolved
     if folder not in path.parents: return None
     name = re.sub(r'([\\*?[]| (?= *\Z))', r'\\\1', path.relative_to(folder).as_posix())
-    return '/' + re.sub('[\n\r]', '?', name) + ('/' if path.is_dir() and not path.is_symlink() else '')
+    return '/' + re.sub('[\n\r]', '[[:cntrl:]]', name) + ('/' if path.is_dir() and not path.is_symlink() else '')
 
 # %% ../nbs/40_new.ipynb #9eb874be
 def gitignore(

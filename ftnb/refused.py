@@ -5,140 +5,194 @@
 # %% auto #0
 __all__ = ['of_training', 'of_peft', 'of_trl', 'of_loading', 'of_generation', 'of_scripts', 'refused']
 
-# %% ../nbs/01a_refused.ipynb #c262ad0d
+# %% ../nbs/01a_refused.ipynb #9df5d08f
 _token = 'a token never stands in a recipe: set HF_TOKEN in the environment or in .env'
 _own = 'ftnb sets it itself; leave it out'
 _gone = 'transformers 5 dropped it; leave it out'
 _code = 'a recipe holds no code; `ftnb eject` writes a TRL script for it'
 _script = 'it is no choice of a recipe; `ftnb eject` writes a TRL script where it can be set'
 _metrics = 'validation takes the loss; the metrics are computed by ftnb run --from evaluate'
+_stages = 'stages decide that: ftnb run --from evaluate'
 _offload = 'offload is no part of training here; leave it out'
 _tokenizer = 'the tokenizer is the one of model_name_or_path; for another chat template set chat_template_path'
 _rows = 'set dataset to a list, such as [{path: train.jsonl, split: train}, {path: valid.jsonl, split: valid}]'
 _kernels = 'TRL replaces Liger with kernels of the hub, which are not in this version; leave it out'
 
 def _each(
-    **reasons, # Reason, or the name of one above, by names joined with spaces in a tuple
+    names:dict, # Names, with spaces between them, by the reason that they share
 )->dict: # Reason by name
-    "One reason for several names"
-    return {n:why for names,why in reasons.values() for n in names.split()}
+    "The reason of each single name"
+    return {n:why for why,ns in names.items() for n in ns.split()}
 
-# %% ../nbs/01a_refused.ipynb #20d87d72
-of_training = _each(
-    token=('hub_token push_to_hub_token', _token), own=('remove_unused_columns label_names length_column_name restore_callback_states_from_checkpoint', _own),
-    gone=('past_index use_ipex jit_mode_eval use_legacy_prediction_loop', _gone), liger=('use_liger_kernel use_liger liger_kernel_config', _kernels),
-    metrics=('prediction_loss_only include_inputs_for_metrics include_for_metrics batch_eval_metrics eval_accumulation_steps eval_do_concat_batches '
-        'eval_use_gather_object predict_with_generate', _metrics),
-    script=('eval_delay eval_on_start debug accelerator_config parallelism_config average_tokens_across_devices project trackio_space_id '
-        'trackio_bucket_id trackio_static_space_id hub_always_push hub_revision dataloader_multiprocessing_context dataloader_in_order ddp_static_graph', _script),
-    logs=('log_level log_level_replica log_on_each_node disable_tqdm', 'a run logs to events.jsonl in its folder; set logging_steps'),
-    accelerator=('dispatch_batches split_batches', 'it became a key of accelerator_config, which is no choice of a recipe; leave it out'),
-    tokens=('include_num_input_tokens_seen include_tokens_per_second', 'TRL logs num_tokens always; leave it out'),
-    parallel=('tp_size tp_plan device_mesh distributed_config', 'tensor parallelism is not in this version; for several GPUs use accelerate launch, with fsdp or deepspeed'),
-    half=('fp16_backend half_precision_backend', 'accelerate decides; set fp16: true'), tpu=('tpu_num_cores tpu_metrics_debug', 'ftnb does not train on TPUs; leave it out'),
-    sagemaker=('mp_parameters', 'it is for SageMaker model parallelism; for several GPUs set fsdp or deepspeed'),
-) | dict(
-    logging_dir='TensorBoard files go to the run folder; set report_to: tensorboard and output_dir', overwrite_output_dir='ftnb run NAME --in-place replaces a run',
-    do_train='stages decide that: ftnb run --from train --to train', do_eval='stages decide that: ftnb run --from evaluate',
-    do_predict='stages decide that: ftnb run --from evaluate', logging_strategy='set logging_steps',
-    logging_nan_inf_filter='it only hides nan from the log; leave it out', bf16_full_eval='evaluation uses dtype; set dtype: bfloat16',
-    fp16_full_eval='evaluation uses dtype; set dtype: float16', fp16_opt_level='Apex is gone; set fp16: true',
-    sharded_ddp='FairScale is gone from transformers; set fsdp: true', local_rank='torchrun sets it',
-    use_mps_device='MPS is used where there is one; use_cpu: true turns it off', save_safetensors='weights are always saved as safetensors; leave it out',
-    save_on_each_node='the main node saves; leave it out', push_to_hub_organization='write it in hub_model_id, as ORGANISATION/NAME',
+# %% ../nbs/01a_refused.ipynb #1632a4e6
+of_training = _each({
+    _token: 'hub_token push_to_hub_token', _gone: 'past_index use_ipex jit_mode_eval use_legacy_prediction_loop',
+    _own: 'remove_unused_columns label_names length_column_name restore_callback_states_from_checkpoint place_model_on_device',
+    _kernels: 'use_liger_kernel use_liger liger_kernel_config',
+    _metrics: 'prediction_loss_only include_inputs_for_metrics include_for_metrics batch_eval_metrics eval_accumulation_steps '
+        'eval_do_concat_batches eval_use_gather_object predict_with_generate',
+    _script: 'eval_delay eval_on_start debug accelerator_config parallelism_config average_tokens_across_devices project trackio_space_id '
+        'trackio_bucket_id trackio_static_space_id hub_always_push hub_revision dataloader_multiprocessing_context dataloader_in_order '
+        'ddp_static_graph',
+    _stages: 'do_eval do_predict',
+    'a run logs to events.jsonl in its folder; set logging_steps': 'log_level log_level_replica log_on_each_node disable_tqdm',
+    'it became a key of accelerator_config, which is no choice of a recipe; leave it out': 'dispatch_batches split_batches',
+    'a run counts its tokens and logs tokens_per_second; leave it out': 'include_num_input_tokens_seen include_tokens_per_second',
+    'tensor parallelism is not in this version; for several GPUs use accelerate launch, with fsdp or deepspeed':
+        'tp_size tp_plan device_mesh distributed_config',
+    'accelerate decides; set fp16: true': 'fp16_backend half_precision_backend',
+    'ftnb does not train on TPUs; leave it out': 'tpu_num_cores tpu_metrics_debug',
+}) | dict(
+    do_train='stages decide that: ftnb run --from train --to train',
+    logging_dir='TensorBoard files go to the run folder; set report_to: tensorboard and output_dir',
+    overwrite_output_dir='ftnb run NAME --in-place replaces a run',
+    logging_strategy='set logging_steps',
+    logging_nan_inf_filter='it only hides nan from the log; leave it out',
+    bf16_full_eval='evaluation uses dtype; set dtype: bfloat16',
+    fp16_full_eval='evaluation uses dtype; set dtype: float16',
+    fp16_opt_level='Apex is gone; set fp16: true',
+    sharded_ddp='FairScale is gone from transformers; set fsdp: true',
+    mp_parameters='it is for SageMaker model parallelism; for several GPUs set fsdp or deepspeed',
+    local_rank='torchrun sets it; leave it out',
+    use_mps_device='MPS is used where there is one; use_cpu: true turns it off',
+    save_safetensors='weights are always saved as safetensors; leave it out',
+    save_on_each_node='the main node saves; leave it out',
+    push_to_hub_organization='write it in hub_model_id, as ORGANISATION/NAME',
     fsdp_min_num_params='set fsdp_config: {min_num_params: N, auto_wrap_policy: SIZE_BASED_WRAP}',
-    fsdp_transformer_layer_cls_to_wrap='set fsdp_config: {transformer_layer_cls_to_wrap: [NAME]}', ray_scope='a recipe is one run; searches are several recipes',
-    skip_memory_metrics='what memory a run needs is in its plan: ftnb plan', optim_target_modules='GaLore and APOLLO are not in this version; set peft: lora',
-    enable_jit_checkpoint='the same command goes on from the last checkpoint; set save_steps', sortish_sampler='set train_sampling_strategy: group_by_length',
-    generation_max_length='it counted the prompt too; set max_new_tokens for the answer (max_length is the length of a training row)',
-    generation_num_beams='greedy or sampling only: do_sample', deprecated='leave it out', place_model_on_device=_own,
+    fsdp_transformer_layer_cls_to_wrap='set fsdp_config: {transformer_layer_cls_to_wrap: [NAME]}',
+    ray_scope='a recipe is one run; a search is several recipes',
+    skip_memory_metrics='the plan says what memory a run needs; leave it out',
+    optim_target_modules='GaLore and APOLLO are not in this version; set peft: lora',
+    enable_jit_checkpoint='the same command goes on from the last checkpoint; set save_steps',
+    sortish_sampler='set train_sampling_strategy: group_by_length',
+    generation_max_length='it counted the prompt too; set max_new_tokens for the answer (max_length is the length of a row in training)',
+    generation_num_beams='greedy or sampling only: do_sample',
+    deprecated='leave it out',
 )
 
-# %% ../nbs/01a_refused.ipynb #7f340b6e
-of_peft = _each(
-    variant=('velora_config monteclora_config kasa_config use_bdlora arrow_config alora_invocation_tokens',
-        'this variant of LoRA is not in this version; use_dora and use_rslora are'),
-    start=('loftq_config eva_config corda_config lora_ga_config', 'set init_lora_weights: pissa or olora, which need no configuration of their own'),
-    megatron=('megatron_config megatron_core', 'layers of Megatron are no part of training here; leave it out'),
-    gptq=('use_qalora qalora_group_size', 'QA-LoRA needs a GPTQ model; set peft: qlora'), gone=('enable_lora merge_weights', 'PEFT dropped it in 2023; leave it out'),
-    bare=('target_parameters lora_target_parameters', 'adapters on bare parameters, such as fused experts, are not in this version; set lora_target_modules'),
-    task=('task_type lora_task_type', 'it is always CAUSAL_LM here'),
-) | dict(
-    inference_mode='it is always training here', fan_in_fan_out='PEFT sets it by layer type', auto_mapping='PEFT writes it; leave it out',
-    peft_version='PEFT writes it; leave it out', exclude_modules='name the layers that get an adapter: lora_target_modules',
+# %% ../nbs/01a_refused.ipynb #bec4ef86
+of_peft = _each({
+    'this variant of LoRA is not in this version; use_dora and use_rslora are':
+        'velora_config monteclora_config kasa_config use_bdlora arrow_config alora_invocation_tokens',
+    'set init_lora_weights: pissa or olora, which need no configuration of their own': 'loftq_config eva_config corda_config lora_ga_config',
+    'layers of Megatron are no part of training here; leave it out': 'megatron_config megatron_core',
+    'QA-LoRA needs a GPTQ model; set peft: qlora': 'use_qalora qalora_group_size',
+    'PEFT dropped it in 2023; leave it out': 'enable_lora merge_weights',
+    'adapters on bare parameters, such as fused experts, are not in this version; set lora_target_modules':
+        'target_parameters lora_target_parameters',
+    'it is always CAUSAL_LM here': 'task_type lora_task_type',
+    'PEFT writes it; leave it out': 'auto_mapping peft_version',
+    'set load_in_4bit or load_in_8bit': 'quant_method quantization_config',
+    _offload: 'runtime_config llm_int8_enable_fp32_cpu_offload',
+}) | dict(
+    inference_mode='it is always training here',
+    fan_in_fan_out='PEFT sets it by layer type; leave it out',
+    exclude_modules='name the layers that get an adapter: lora_target_modules',
     trainable_token_indices='set lora_modules_to_save: [embed_tokens], which trains the vectors of all tokens',
     ensure_weight_tying='it is not in this version; leave tied layers out of lora_modules_to_save',
-    layer_replication='it makes another base model; save that one first and set model_name_or_path', runtime_config=_offload,
-    quant_method='set load_in_4bit or load_in_8bit', quantization_config='set load_in_4bit or load_in_8bit', load_in_4bit_fp4='set bnb_4bit_quant_type: fp4',
-    llm_int8_enable_fp32_cpu_offload=_offload, llm_int8_has_fp16_weight='the base stays in 8 bits and adapters are trained; for 16 bits leave load_in_8bit out',
+    layer_replication='it makes another base model; save that one first and set model_name_or_path',
+    load_in_4bit_fp4='set bnb_4bit_quant_type: fp4',
+    llm_int8_has_fp16_weight='the base stays in 8 bits and adapters are trained; for 16 bits leave load_in_8bit out',
 )
 
-# %% ../nbs/01a_refused.ipynb #7592fca1
-of_trl = _each(
-    code=('callbacks compute_loss_func preprocess_logits_for_metrics model_init', _code), tokenizer=('tokenizer processing_class', _tokenizer),
-    optimizer=('optimizers optimizer_cls_and_kwargs', 'set optim, optim_args and lr_scheduler_type'),
-    pack=('num_of_sequences chars_per_token', 'packing needs no estimate any more; leave it out'), rows=('eval_dataset dataset_test_split', _rows),
-    mask=('instruction_template response_template', 'the template itself says which tokens are the assistant\'s: assistant_only_loss'),
-    script=('pad_to_multiple_of activation_offloading router_aux_loss_coef', _script), use=('mlm mlm_probability', 'language models here predict the next token; leave it out'),
-    length=('max_prompt_length max_completion_length max_target_length max_source_length', 'a row is measured whole, prompt and answer together: set max_length'),
-) | dict(
-    args='its fields stand in the recipe itself', data_collator='ftnb makes the labels itself: assistant_only_loss',
-    formatting_func='ftnb recognises the format; for other columns set mapping', compute_metrics=_metrics, infinite='set max_steps', padding_free='set packing: true',
-    dataset_kwargs='set mapping, packing or assistant_only_loss', dataset_batch_size=_own, model_init_kwargs='set dtype, attn_implementation, model_revision',
-    peft_config='set peft, lora_r, lora_alpha, lora_target_modules', eval_packing='validation rows are packed as the training rows are: packing',
-    eos_token='the end of turn is the one of the chat template; set chat_template_path', loss_type='nll is the only one in this version',
-    shuffle_dataset='rows are drawn at random; to keep their order set train_sampling_strategy: sequential', ignore_index='it is always -100; leave it out',
-    dataset_streaming='rows are checked before training; to use fewer set max_train_samples', ignore_bias_buffers='nothing in TRL reads it; leave it out',
+# %% ../nbs/01a_refused.ipynb #4a1bda54
+of_trl = _each({
+    _code: 'callbacks compute_loss_func preprocess_logits_for_metrics model_init',
+    _tokenizer: 'tokenizer processing_class tokenizer_name',
+    _rows: 'eval_dataset dataset_test_split',
+    _script: 'pad_to_multiple_of activation_offloading router_aux_loss_coef',
+    'set optim, optim_args and lr_scheduler_type': 'optimizers optimizer_cls_and_kwargs',
+    'packing needs no estimate any more; leave it out': 'num_of_sequences chars_per_token',
+    'the template itself says which tokens are the assistant\'s: assistant_only_loss': 'instruction_template response_template',
+    'language models here predict the next token; leave it out': 'mlm mlm_probability',
+    'a row is measured whole, prompt and answer together: set max_length':
+        'max_prompt_length max_completion_length max_target_length max_source_length',
+    'rows are checked before training; to use fewer set max_train_samples': 'dataset_streaming streaming',
+}) | dict(
+    args='its fields stand in the recipe itself',
+    data_collator='ftnb makes the labels itself: assistant_only_loss',
+    formatting_func='ftnb recognises the format; for other columns set mapping',
+    compute_metrics=_metrics, dataset_batch_size=_own,
+    infinite='set max_steps',
+    padding_free='set packing: true',
+    eval_packing='validation rows are packed as the training rows are: packing',
+    dataset_kwargs='set mapping, packing or assistant_only_loss',
+    model_init_kwargs='set dtype, attn_implementation, model_revision',
+    peft_config='set peft, lora_r, lora_alpha, lora_target_modules',
+    eos_token='the end of turn is the one of the chat template; set chat_template_path',
+    loss_type='nll is the only one in this version',
+    shuffle_dataset='rows are drawn at random; to keep their order set train_sampling_strategy: sequential',
+    ignore_index='it is always -100; leave it out',
+    ignore_bias_buffers='only TRL\'s DPO script reads it; leave it out',
 )
 
-# %% ../nbs/01a_refused.ipynb #78963fb6
-of_loading = _each(
-    token=('use_auth_token token HF_TOKEN hf_token', _token), offload=('max_memory offload_folder offload_state_dict offload_buffers', _offload),
-    gone=('from_tf from_flax _fast_init', _gone), script=('experts_implementation fusion_config disable_mmap weights_only key_mapping tqdm_class', _script),
-    kernels=('use_kernels kernel_config allow_all_kernels', 'kernels of the hub are chosen for attention only: attn_implementation'),
-    adapter=('adapter_kwargs adapter_name', 'a run trains one adapter, which is its own; leave it out'), fast=('use_fast use_fast_tokenizer legacy', 'fast tokenizers only; leave it out'),
-    side=('padding_side truncation_side add_eos_token add_bos_token', _own), model=('state_dict config_name config_overrides model_type rope_scaling', 'a model is loaded as it was saved: model_name_or_path'),
-) | dict(
-    config='a model brings its own; the configuration of a hub data set is dataset_config', pretraining_tp='nothing in transformers reads it, and it never was tensor parallelism; leave it out',
-    device_map='the device is chosen for you; several GPUs: accelerate launch', low_cpu_mem_usage='transformers always does', use_cache='off in training, on in generation',
-    cache_dir='set HF_HOME in the environment', force_download='remove the model from the cache: hf cache', resume_download='downloads always resume; leave it out',
-    proxies='set HTTPS_PROXY in the environment', mirror='set HF_ENDPOINT in the environment', local_files_only='set HF_HUB_OFFLINE=1 in the environment',
-    output_loading_info=_own, ignore_mismatched_sizes='weights of another shape are another model; set model_name_or_path', subfolder='set model_name_or_path to that folder itself',
-    variant='set model_revision, or dtype', use_safetensors='safetensors are taken where there are any; leave it out', code_revision='model_revision holds for the code too',
-    gguf_file='train from the weights that the GGUF was made of: model_name_or_path', tokenizer_name=_tokenizer,
+# %% ../nbs/01a_refused.ipynb #c74bbf31
+of_loading = _each({
+    _token: 'use_auth_token token HF_TOKEN hf_token', _gone: 'from_tf from_flax _fast_init',
+    _own: 'output_loading_info padding_side truncation_side add_eos_token add_bos_token',
+    _offload: 'max_memory offload_folder offload_state_dict offload_buffers',
+    _script: 'experts_implementation fusion_config disable_mmap weights_only key_mapping tqdm_class',
+    'kernels of the hub are chosen for attention only: attn_implementation': 'use_kernels kernel_config allow_all_kernels',
+    'a run trains one adapter, which is its own; leave it out': 'adapter_kwargs adapter_name',
+    'fast tokenizers are taken; leave it out': 'use_fast use_fast_tokenizer',
+    'a model is loaded as it was saved: model_name_or_path': 'state_dict config_name config_overrides model_type rope_scaling',
+}) | dict(
+    config='a model brings its own; the configuration of a hub data set is dataset_config',
+    pretraining_tp='nothing in transformers reads it, and it never was tensor parallelism; leave it out',
+    device_map='the device is chosen for you; several GPUs: accelerate launch',
+    low_cpu_mem_usage='transformers always does; leave it out',
+    use_cache='off in training, on in generation; leave it out',
+    cache_dir='set HF_HOME in the environment',
+    proxies='set HTTPS_PROXY in the environment',
+    mirror='set HF_ENDPOINT in the environment',
+    local_files_only='set HF_HUB_OFFLINE=1 in the environment',
+    force_download='remove the model from the cache first: hf cache rm',
+    resume_download='downloads always resume; leave it out',
+    ignore_mismatched_sizes='weights of another shape are another model; set model_name_or_path',
+    subfolder='set model_name_or_path to that folder itself',
+    variant='the plain weight files are loaded; for another type set dtype',
+    use_safetensors='safetensors are taken where there are any; leave it out',
+    code_revision='model_revision holds for the code too',
+    gguf_file='train from the weights that the GGUF was made of: model_name_or_path',
 )
 
-# %% ../nbs/01a_refused.ipynb #e7aa5794
-of_generation = _each(
-    beams=('num_beams num_beam_groups diversity_penalty length_penalty constraints force_words_ids', 'greedy or sampling only: do_sample'),
-    sampling=('min_p top_h typical_p epsilon_cutoff eta_cutoff', 'sampling is shaped by temperature, top_p and top_k here'),
-    hub=('penalty_alpha dola_layers custom_generate', 'transformers 5 runs it as code from the hub; leave it out'),
-    output=('output_attentions output_hidden_states output_scores output_logits return_dict_in_generate return_legacy_cache', _own),
-    measured=('no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias exponential_decay_length_penalty guidance_scale '
-        'watermarking_config renormalize_logits remove_invalid_values token_healing min_length min_new_tokens forced_bos_token_id forced_eos_token_id '
-        'force_bos_token_to_be_generated negative_prompt_ids negative_prompt_attention_mask', 'it changes what is measured; leave it out'),
-    two=('encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id encoder_outputs mm_encoder_outputs forced_decoder_ids',
-        'it is for models with an encoder, which are not in this version'),
-    assisted=('assistant_model assistant_tokenizer is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold '
-        'assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size '
-        'speculation_type use_mtp', 'assisted generation is not in this version; leave it out'),
-    cache=('cache_implementation cache_config max_cache_len prefill_chunk_size low_memory compile_config disable_compile continuous_batching_config '
-        'synced_gpus', 'how answers are computed is chosen for you; leave it out'),
-    inputs=('inputs input_ids attention_mask position_ids past_key_values', 'prompts come from dataset'),
-    values=('generation_config generation_kwargs use_model_defaults', 'set max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty'),
-    code=('logits_processor stopping_criteria prefix_allowed_tokens_fn streamer', _code),
-) | dict(
-    early_stopping='in training its name is early_stopping_patience; in generate it belongs to beams', max_time='set max_new_tokens',
-    stop_strings='an answer ends with the end of turn of the chat template, or after max_new_tokens', num_return_sequences='one answer per row',
-    pad_token_id='set pad_token', bos_token_id='the tokenizer knows it; leave it out', eos_token_id='the chat template\'s end of turn is used',
+# %% ../nbs/01a_refused.ipynb #1380ac1d
+of_generation = _each({
+    _code: 'logits_processor stopping_criteria prefix_allowed_tokens_fn streamer',
+    _own: 'output_attentions output_hidden_states output_scores output_logits return_dict_in_generate return_legacy_cache',
+    'greedy or sampling only: do_sample': 'num_beams num_beam_groups diversity_penalty length_penalty constraints force_words_ids',
+    'sampling is shaped by temperature, top_p and top_k here': 'min_p top_h typical_p epsilon_cutoff eta_cutoff',
+    'transformers 5 runs it as code from the hub, which a recipe does not load': 'penalty_alpha dola_layers custom_generate',
+    'it changes what is measured; leave it out': 'no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias '
+        'exponential_decay_length_penalty guidance_scale watermarking_config renormalize_logits remove_invalid_values token_healing '
+        'min_length min_new_tokens forced_bos_token_id forced_eos_token_id force_bos_token_to_be_generated negative_prompt_ids '
+        'negative_prompt_attention_mask',
+    'it is for models with an encoder, which are not in this version': 'encoder_repetition_penalty encoder_no_repeat_ngram_size '
+        'decoder_start_token_id encoder_outputs mm_encoder_outputs forced_decoder_ids',
+    'assisted generation is not in this version; leave it out': 'assistant_model assistant_tokenizer is_assistant num_assistant_tokens '
+        'num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind '
+        'assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size speculation_type use_mtp',
+    'how answers are computed is chosen for you; leave it out': 'cache_implementation cache_config max_cache_len prefill_chunk_size '
+        'low_memory compile_config disable_compile continuous_batching_config synced_gpus',
+    'prompts come from dataset': 'inputs input_ids attention_mask position_ids past_key_values',
+    'set max_new_tokens, do_sample, temperature, top_p, top_k, repetition_penalty': 'generation_config generation_kwargs use_model_defaults',
+}) | dict(
+    early_stopping='in training its name is early_stopping_patience; in generate it belongs to beams',
+    max_time='set max_new_tokens',
+    stop_strings='an answer ends with the end of turn of the chat template, or after max_new_tokens',
+    num_return_sequences='one answer per row',
+    pad_token_id='set pad_token',
+    bos_token_id='the tokenizer knows it; leave it out',
+    eos_token_id='the chat template\'s end of turn is used',
     transformers_version='transformers writes it; leave it out',
 )
 
-# %% ../nbs/01a_refused.ipynb #81895043
-of_scripts = dict(
-    block_size='set max_length; for blocks without gaps also packing: true and packing_strategy: wrapped', validation_file=_rows, test_file=_rows,
-    streaming='rows are checked before training; to use fewer set max_train_samples', overwrite_cache='changed data is noticed; leave it out',
-    keep_linebreaks='text is kept as it is; leave it out', new_model='set output_dir, or hub_model_id for the hub',
+# %% ../nbs/01a_refused.ipynb #7845d57e
+of_scripts = _each({_rows: 'validation_file test_file'}) | dict(
+    block_size='set max_length; for blocks without gaps also packing: true and packing_strategy: wrapped',
+    overwrite_cache='changed data is noticed; leave it out',
+    keep_linebreaks='text is kept as it is; leave it out',
+    new_model='set output_dir, or hub_model_id for the hub',
 )
 
 refused = of_training | of_peft | of_trl | of_loading | of_generation | of_scripts

@@ -11,7 +11,7 @@ from math import ceil, cos, pi, sqrt
 from typing import Optional
 from .base import Table, UserError, nearest
 
-# %% ../nbs/14_schedule.ipynb #5748cce7
+# %% ../nbs/14_schedule.ipynb #a4b57564
 def _least(least, **values):
     "Raise `UserError` unless every value is a number from `least` up"
     for k,v in values.items():
@@ -25,7 +25,8 @@ def steps_per_epoch(
     dataloader_drop_last:bool=False, # Leave out a batch that is not full
 )->int: # Optimizer steps of one pass over the rows
     "Optimizer steps of one epoch; raises `UserError` for a count below 1, or rows that fill no batch"
-    _least(1, rows=rows, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, world_size=world_size)
+    _least(1, rows=rows, per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, world_size=world_size)
     if dataloader_drop_last: batches = rows//per_device_train_batch_size//world_size
     else: batches = ceil(ceil(rows/per_device_train_batch_size)/world_size)
     if batches: return ceil(batches/gradient_accumulation_steps)
@@ -74,13 +75,14 @@ def _inverse_sqrt(step, warm, total, lr, timescale=None):
     scale = timescale or warm or 10_000
     return 1/sqrt((step+scale-warm)/scale)
 
-# %% ../nbs/14_schedule.ipynb #08f5acfe
+# %% ../nbs/14_schedule.ipynb #f3b4a3a8
 def _min_lr(step, warm, total, lr, min_lr=None, min_lr_rate=None, num_cycles=.5):
     if (min_lr is None)==(min_lr_rate is None): raise UserError('cosine_with_min_lr needs one of min_lr and min_lr_rate in lr_scheduler_kwargs.')
     low = min_lr_rate if min_lr is None else min_lr/lr
     return max(0., (1+cos(2*pi*num_cycles*_done(step, warm, total)))/2*(1-low)+low)
 
-_fall = {'linear': lambda done, cycles: 1-done, 'cosine': lambda done, cycles: (1+cos(2*pi*cycles*done))/2, '1-sqrt': lambda done, cycles: 1-sqrt(done)}
+_fall = {'linear': lambda done, cycles: 1-done, 'cosine': lambda done, cycles: (1+cos(2*pi*cycles*done))/2,
+    '1-sqrt': lambda done, cycles: 1-sqrt(done)}
 
 def _wsd(step, warm, total, lr, num_decay_steps, num_stable_steps=None, decay_type='cosine', min_lr_ratio=0., num_cycles=.5):
     "Stable, then falling; the warm-up is linear here"
@@ -89,13 +91,14 @@ def _wsd(step, warm, total, lr, num_decay_steps, num_stable_steps=None, decay_ty
     if step>=warm+stable+num_decay_steps: return min_lr_ratio
     return max(0., _fall[decay_type]((step-warm-stable)/max(1, num_decay_steps), num_cycles)*(1-min_lr_ratio)+min_lr_ratio)
 
-# %% ../nbs/14_schedule.ipynb #0c33d3b0
+# %% ../nbs/14_schedule.ipynb #e72894e2
 schedules = dict(linear=lambda step, warm, total, lr: max(0., 1-_done(step, warm, total)),
     cosine=lambda step, warm, total, lr, num_cycles=.5: max(0., (1+cos(2*pi*num_cycles*_done(step, warm, total)))/2),
-    cosine_with_restarts=_restarts, polynomial=_polynomial, inverse_sqrt=_inverse_sqrt, cosine_with_min_lr=_min_lr, warmup_stable_decay=_wsd,
+    cosine_with_restarts=_restarts, polynomial=_polynomial, inverse_sqrt=_inverse_sqrt, cosine_with_min_lr=_min_lr,
+    warmup_stable_decay=_wsd,
     constant=lambda step, warm, total, lr: 1., constant_with_warmup=lambda step, warm, total, lr: 1.)
 
-# %% ../nbs/14_schedule.ipynb #3472b762
+# %% ../nbs/14_schedule.ipynb #06d98167
 def lr_at(
     step:int, # Optimizer step, counted from 0
     learning_rate:float, # Peak learning rate
@@ -106,7 +109,8 @@ def lr_at(
 )->float: # Learning rate of this step
     "The learning rate of one step, equal to `transformers.get_scheduler`; raises `UserError` for an unknown schedule or argument"
     if lr_scheduler_type not in schedules:
-        why = ' It follows the evaluation and has no curve before the run.' if lr_scheduler_type=='reduce_lr_on_plateau' else nearest(lr_scheduler_type, schedules)
+        plateau = lr_scheduler_type=='reduce_lr_on_plateau'
+        why = ' It follows the evaluation and has no curve before the run.' if plateau else nearest(lr_scheduler_type, schedules)
         raise UserError(f'lr_scheduler_type: {lr_scheduler_type!r} can not be computed here.{why} Known: {", ".join(schedules)}.')
     warm, low = warmup(warmup_steps, total), (lr_scheduler_kwargs or {}).get('min_lr_ratio', 0.)
     if lr_scheduler_type=='constant': return learning_rate
