@@ -91,7 +91,7 @@ def finish_stage(run:Run, stage:str, report:dict):
         run.note(spec=dict(spec_id=run.recipe.spec_id, rows=t.rows))
     print(f'{stage} done: {report.get("line", "")}')
 
-# %% ../nbs/42_stages.ipynb #25ffd8f9
+# %% ../nbs/42_stages.ipynb #146d7714
 class StageFailed(UserError):
     "A stage that did not end well; `code` is the exit code"
     def __init__(self, text, code=1): super().__init__(text); self.code = code
@@ -115,7 +115,8 @@ def run_stage(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            pm.execute_notebook(str(src), str(out), parameters=values, progress_bar=False, log_output=False, autosave_cell_every=30, request_save_on_cell_execute=False)
+            pm.execute_notebook(str(src), str(out), parameters=values, progress_bar=False, log_output=False, autosave_cell_every=30, request_save_on_cell_execute=False,
+                extra_arguments=['--log-level=ERROR'])
     except pm.PapermillExecutionError as e:
         status = 'refused' if e.ename in ('UserError', 'Stopped') else 'failed'
         end(run, stage, 'stopped' if e.ename=='Stopped' else status, e.evalue.splitlines()[0] if e.evalue else e.ename)

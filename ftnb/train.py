@@ -44,7 +44,7 @@ def sampling(r:Recipe, lens:list)->tuple:
     rand, grouped = padding_share(lens, n), padding_share(lens, n, True)
     return ('group_by_length', grouped) if rand>.1 and grouped<rand/2 else ('random', rand)
 
-# %% ../nbs/34_train.ipynb #73dd67e0
+# %% ../nbs/34_train.ipynb #5d69c51e
 def learning_rate(r:Recipe)->float:
     "The peak learning rate: the recipe's, else 2e-4 for adapters and 2e-5 for full fine-tuning"
     return r.learning_rate or (2e-5 if r.peft=='full' else 2e-4)
@@ -72,11 +72,12 @@ def training_args(
         kw['metric_for_best_model'] = r.metric_for_best_model or 'eval_loss'
     checkpointing = d.kind!='cpu' if r.activation_checkpointing is None else r.activation_checkpointing
     if d.kind!='cuda': kw.update(dataloader_pin_memory=False)
+    kw['use_cpu'] = d.kind=='cpu'
     return SFTConfig(output_dir=str(run.path('checkpoints')), learning_rate=learning_rate(r), train_sampling_strategy=sampling(r, lens)[0], eval_strategy=ev,
         gradient_checkpointing=False, activation_checkpointing=checkpointing, report_to=r.report_to, run_name=r.run_name or run.name, max_length=r.max_length,
         logging_nan_inf_filter=False, disable_tqdm=True, **precision_args(r, d), **kw)
 
-# %% ../nbs/34_train.ipynb #11ab141d
+# %% ../nbs/34_train.ipynb #3ea523ec
 def token_data(run:Run, split:str):
     "The tokens and labels of a split, as stage 1 saved them; None if there are no rows"
     p = run.path('data', f'{split}.tokens.parquet')
@@ -97,7 +98,6 @@ def make_trainer(
     if train is None: raise UserError(f'{run.name} has no training rows.')
     args = training_args(r, run, [len(o) for o in train['input_ids']], valid is not None and r.eval_strategy!='no')
     model = make_trainable(fit_vocabulary(load_model(r), tok), r)
-    if r.attn_implementation=='sdpa' and r.packing and args.device.type=='cuda': pass
     stop = Stopper(run)
     calls = [Monitor(run), stop]
     if r.early_stopping_patience: calls.append(EarlyStoppingCallback(r.early_stopping_patience, r.early_stopping_threshold))
