@@ -170,3 +170,65 @@ def test_a_failing_rename_keeps_the_old_file(monkeypatch, tmp_path, no, part):
         m.setattr(base.os, 'replace', fail)
         says(lambda: write_atomic(f, 'new'), part, 'a.txt')
     assert f.read_text()=='old' and [p.name for p in f.parent.iterdir()]==['a.txt']
+
+def defect(why): return pytest.mark.xfail(strict=True, raises=(AssertionError, TypeError, ValueError, OverflowError, pytest.fail.Exception), reason=why)
+
+ways = dict(
+    missing=(None, 'my.jsonl', defect('sources.find_sources: with no like-named file there is no way out')),
+    empty=('', 'it', defect('sources.read_rows: an empty file is told without a way out')),
+    not_json=('a\nb\n', 'line 1', defect('prepare.read_all: no readable row is told without a way out')),
+    no_answer=('{"prompt": "a", "completion": ""}\n', 'no answer', defect('prepare.prepare: no row left is told without file, line and way out')))
+
+@pytest.mark.parametrize('text,part', [pytest.param(t, p, id=k, marks=m) for k,(t,p,m) in ways.items()])
+def test_the_way_out_is_named(text, part):
+    if text is not None: Path('my.jsonl').write_text(text)
+    said = says(lambda: go(), part)
+    assert 'my.jsonl' in said and any(w in said for w in ('set ', 'Set ', 'check ', 'Check ', 'write ', 'Did you mean', 'such as', 'one JSON object per line')), said
+
+odd = dict(
+    history=(dict(instruction='a', output='b', history=5), 'records._alpaca: history that is no list raises TypeError'),
+    text_part=(dict(messages=[dict(role='user', content=[dict(type='text', text=5)]), dict(role='assistant', content='x')]),
+        'records._text: a text part that is no text raises TypeError'),
+    surrogate=('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+        'sources._jsonl: half a surrogate pair passes and the tokenizer raises TypeError'),
+    long_number=('{"prompt": ' + '9'*5000 + ', "completion": "b"}', 'sources._jsonl: a number of over 4,300 digits raises ValueError'))
+
+@pytest.mark.parametrize('bad', [pytest.param(b, id=k, marks=defect(w)) for k,(b,w) in odd.items()])
+def test_an_odd_row_is_set_aside_not_a_crash(small, bad):
+    like = {'messages': dict(messages=[dict(role='user', content='q{i}'), dict(role='assistant', content='a{i}')]), 'history': dict(instruction='q{i}', output='a{i}')}
+    shape = 'history' if isinstance(bad, dict) and 'history' in bad else 'messages' if 'messages' in bad else None
+    rows = [json.loads(json.dumps(like[shape]).replace('{i}', str(i))) for i in range(8)] if shape else good
+    rep = go([*rows, bad])
+    assert [a[:2] for a in aside(rep)]==[('my.jsonl', 9)]
+
+@defect('prepare.read_all: `if r.raw` takes {} for unreadable, the message ends in "line 1: None."')
+def test_rows_without_a_key_are_told_as_such(): assert 'None' not in says(lambda: go([{}, {}]), 'my.jsonl', 'line 1')
+
+sources = dict(
+    limit=(dict(path='my.jsonl', limit='many'), 'sources.find_sources: limit is not checked, TypeError in read_rows'),
+    negative_limit=(dict(path='my.jsonl', limit=-1), 'sources.read_rows: limit -1 is told as an empty file'),
+    weight=(dict(path='my.jsonl', weight='many'), 'sources.find_sources: weight is not checked, ValueError'),
+    no_weight=(dict(path='my.jsonl', weight=0), 'sources.find_sources: `weight or 1` turns 0 into 1'),
+    mapping=(dict(path='my.jsonl', mapping={'prompt': ['prompt'], 'completion': 'completion'}), 'records.apply_mapping: a column that is no text raises TypeError'))
+
+@pytest.mark.parametrize('source', [pytest.param(s, id=k, marks=defect(w)) for k,(s,w) in sources.items()])
+def test_a_wrong_value_of_a_source_is_named(small, source):
+    key = next(k for k in source if k!='path')
+    write('my.jsonl', good)
+    says(lambda: go(name=[source]), key)
+
+@pytest.mark.parametrize('text', [pytest.param(t, marks=defect(w)) for t,w in [('lora_r: .inf', 'recipe._one: int(inf) raises OverflowError'),
+    ('learning_rate: .nan', 'rules._one_field: nan passes every comparison'), ('learning_rate: .inf', 'rules._one_field: inf is above 0'),
+    ('warmup_steps: nan', 'rules._one_field: nan passes every comparison')]])
+def test_numbers_that_are_none_are_refused(text):
+    Path('r.yaml').write_text(text+'\n')
+    says(lambda: load_recipe('r.yaml'), 'r.yaml, line 1', text.split(':')[0])
+
+@defect('tokenizer.load_tokenizer: passes on half of the library\'s message, without what is missing')
+def test_a_model_folder_without_a_tokenizer_says_what_it_lacks():
+    Path('m').mkdir()
+    Path('m/config.json').write_text('{"model_type": "llama"}')
+    says(lambda: go(good, model_name_or_path='m'), 'tokenizer.json')
+
+@defect('models.model_path: an empty name is taken for the current folder')
+def test_an_empty_model_name_is_named(): says(lambda: go(good, model_name_or_path=''), 'model_name_or_path')

@@ -1,75 +1,108 @@
-"The demo's data: its size, its rules, and that no test message can be answered from memory"
-import json, os, re
+"The demo's rows: enough of them, right by their own rules, held-out rows really held out"
+import json, re
 from collections import Counter
 from pathlib import Path
-
 import pytest
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-from ftnb.quality import find_secret
-
 DEMO = Path(__file__).parents[1]/'data/demo'
-splits = dict(train=400, valid=40, test=80)
-allowed = dict(product='kettle toaster blender vacuum heater lamp speaker coffee_machine'.split(),
-    problem='no_power leak noise broken_part missing_part late_delivery wrong_item question'.split(), severity=['low', 'medium', 'high'], wants_refund=[True, False],
+FIELDS = dict(product='kettle toaster blender vacuum heater lamp speaker coffee_machine'.split(),
+    problem='no_power leak noise broken_part missing_part late_delivery wrong_item question'.split(), severity='low medium high'.split(), wants_refund=[True, False],
     next_step='call_customer refund repair send_part track_parcel exchange send_advice'.split())
-by_problem = dict(no_power='repair', leak='repair', noise='send_advice', broken_part='send_part', missing_part='send_part', late_delivery='track_parcel', wrong_item='exchange',
-    question='send_advice')
+BY_PROBLEM = dict(no_power='repair', leak='repair', noise='send_advice', broken_part='send_part', missing_part='send_part', late_delivery='track_parcel', wrong_item='exchange', question='send_advice')
 
-def lines(name): return [l for l in (DEMO/f'{name}.jsonl').read_text().splitlines() if l.strip()]
-data = {s: [json.loads(l)['messages'] for l in lines(s)] for s in splits}
-rows = [(f'{s}.jsonl, line {i}', ms) for s,rs in data.items() for i,ms in enumerate(rs, 1)]
-def asked(ms): return next(m['content'] for m in ms if m['role']=='user')
-def answer(ms): return json.loads(ms[-1]['content'])
+def said(row, role): return next(m['content'] for m in row['messages'] if m['role']==role)
 def words(text): return re.findall(r"[a-z0-9']+", text.lower())
-def runs_of(ws, n): return {tuple(ws[i:i+n]) for i in range(max(1, len(ws)-n+1))}
+def runs(ws, n): return {tuple(ws[i:i+n]) for i in range(len(ws)-n+1)}
 
-@pytest.mark.parametrize('split,least', splits.items())
-def test_there_are_enough_rows(split, least): assert len(data[split])>=least
+def answer_faults(text):
+    "What is wrong with an answer by the rules of the README"
+    try: a = json.loads(text)
+    except json.JSONDecodeError: return ['not JSON']
+    if list(a)!=list(FIELDS): return [f'fields {list(a)}']
+    bad = [f'{k}: {a[k]!r}' for k,vs in FIELDS.items() if not any(a[k]==v and type(a[k]) is type(v) for v in vs)]
+    if bad: return bad
+    mild = a['problem'] in ('question', 'noise', 'missing_part')
+    if a['severity']!='high' and (a['severity']=='low')!=mild: bad.append(f'severity {a["severity"]} with {a["problem"]}')
+    step = 'call_customer' if a['severity']=='high' else 'refund' if a['wants_refund'] else BY_PROBLEM[a['problem']]
+    if a['next_step']!=step: bad.append(f'next_step {a["next_step"]}, not {step}')
+    return bad
 
-def test_every_row_asks_once_under_the_same_system_prompt():
-    assert not [w for w,ms in rows if [m['role'] for m in ms]!=['system', 'user', 'assistant']]
-    assert len({ms[0]['content'] for _,ms in rows})==1
-    said = re.findall(r'\w+', rows[0][1][0]['content'])
-    for field,values in allowed.items():
-        assert field in said
-        assert {str(v).lower() for v in values} <= set(said), field
+def too_alike(a, b):
+    "Whether two messages share a run of 8 words, or 40 % of their 3-word shingles"
+    a, b = words(a), words(b)
+    x, y = runs(a, 3), runs(b, 3)
+    return bool(runs(a, 8) & runs(b, 8)) or (bool(x|y) and len(x & y)/len(x|y)>=.4) or a==b
 
-def test_answers_are_one_line_of_json_with_the_allowed_values():
-    for where,ms in rows:
-        assert '\n' not in ms[-1]['content'], where
-        a = answer(ms)
-        assert list(a)==list(allowed), where
-        for k,v in a.items(): assert any(v is x or isinstance(v, str) and v==x for x in allowed[k]), f'{where}: {k} is {v!r}'
+def repeated_openings(texts, n=6, most=2): return [o for o,k in Counter(tuple(words(t)[:n]) for t in texts).items() if k>most]
 
-def test_severity_and_next_step_follow_their_rules():
-    for where,ms in rows:
-        a = answer(ms)
-        if a['severity']!='high': assert (a['severity']=='low')==(a['problem'] in ('question', 'noise', 'missing_part')), where
-        assert a['next_step']==('call_customer' if a['severity']=='high' else 'refund' if a['wants_refund'] else by_problem[a['problem']]), where
+def test_there_are_enough_rows(demo_rows):
+    assert len(demo_rows['train'])>=400 and len(demo_rows['valid'])>=40 and len(demo_rows['test'])>=80
 
-def test_every_value_occurs_in_every_split():
-    for split,rs in data.items():
-        for k,values in allowed.items(): assert {answer(ms)[k] for ms in rs}==set(values), f'{split}: {k}'
+def test_each_row_is_a_system_prompt_a_message_and_an_answer(demo_rows):
+    assert all([m['role'] for m in r['messages']]==['system', 'user', 'assistant'] for rs in demo_rows.values() for r in rs)
 
-def test_no_test_message_is_like_one_of_train_or_valid():
-    known = [(s, i, ws, runs_of(ws, 3)) for s in ('train', 'valid') for i,ms in enumerate(data[s], 1) for ws in [words(asked(ms))]]
-    eights = {r for *_,ws,_ in known if len(ws)>=8 for r in runs_of(ws, 8)}
-    for i,ms in enumerate(data['test'], 1):
-        ws = words(asked(ms))
-        assert len(ws)<8 or not runs_of(ws, 8) & eights, f'test.jsonl, line {i} shares 8 words'
-        mine = runs_of(ws, 3)
-        near = [(s, j) for s,j,_,theirs in known if len(mine & theirs)>=.4*len(mine | theirs)]
-        assert not near, f'test.jsonl, line {i} is like {near}'
+def test_every_answer_follows_the_rules(demo_rows):
+    assert not {(s, i): f for s,rs in demo_rows.items() for i,r in enumerate(rs, 1) if (f := answer_faults(said(r, 'assistant')))}
 
-def test_no_opening_stands_more_than_twice():
-    openings = Counter(tuple(words(asked(ms))[:6]) for _,ms in rows)
-    assert not [(' '.join(o), n) for o,n in openings.items() if n>2]
+@pytest.mark.parametrize('change', [dict(product='oven'), dict(severity='high'), dict(severity='low'), dict(wants_refund='false'), dict(wants_refund=True), dict(next_step='refund'), dict(more=1)])
+def test_a_wrong_answer_would_be_seen(change):
+    right = dict(product='kettle', problem='leak', severity='medium', wants_refund=False, next_step='repair')
+    assert not answer_faults(json.dumps(right))
+    assert answer_faults(json.dumps({**right, **change}))
 
-def test_the_five_planted_faults_are_there():
-    again, leaked, empty, secret, broken = lines('faults')
-    assert json.loads(again)['messages'] in data['train']
-    assert asked(json.loads(leaked)['messages']) in map(asked, data['test'])
-    assert not json.loads(empty)['messages'][-1]['content'].strip()
-    assert find_secret(json.loads(secret))=='a GitHub token in the answer'
-    with pytest.raises(json.JSONDecodeError): json.loads(broken)
+def test_every_value_is_learnt_and_asked(demo_rows):
+    for split in ('train', 'test'):
+        have = [json.loads(said(r, 'assistant')) for r in demo_rows[split]]
+        assert not {k: v for k,vs in FIELDS.items() for v in vs if v not in [a[k] for a in have]}
+
+def test_one_system_prompt_names_all_fields_and_values(demo_rows):
+    prompts = {said(r, 'system') for rs in demo_rows.values() for r in rs}
+    assert len(prompts)==1
+    text = prompts.pop()
+    assert not [k for k in FIELDS if k not in text]
+    assert not [v for vs in FIELDS.values() for v in vs if re.search(rf'\b{str(v).lower()}\b', text) is None]
+
+def test_no_test_message_is_known_from_training(demo_rows):
+    known = [said(r, 'user') for s in ('train', 'valid') for r in demo_rows[s]]
+    prepared = [(runs(words(t), 3), runs(words(t), 8), words(t)) for t in known]
+    for r in demo_rows['test']:
+        w = words(said(r, 'user'))
+        x, y = runs(w, 3), runs(w, 8)
+        assert not [' '.join(o) for a,b,o in prepared if b & y or o==w or len(a & x)>=.4*len(a|x)>0], said(r, 'user')
+
+def test_a_copied_message_would_be_seen(demo_rows):
+    m = said(demo_rows['train'][0], 'user')
+    assert too_alike(m, m.upper()+' Thanks in advance!') and too_alike('It leaks.', 'it leaks') and not too_alike(m, said(demo_rows['train'][1], 'user'))
+
+def test_no_message_comes_from_a_template(demo_rows):
+    texts = [said(r, 'user') for rs in demo_rows.values() for r in rs]
+    assert not repeated_openings(texts)
+    assert len({' '.join(words(t)) for t in texts})==len(texts)
+    assert repeated_openings([f'My {p} stopped working after one day' if i else f'My kettle stopped working after one week {p}' for i,p in enumerate(FIELDS['product'])])==[] # differing words early
+    assert repeated_openings([f'Hello I have a problem with my {p}' for p in FIELDS['product']])
+
+def test_messages_are_short_and_long_and_of_many_words(demo_rows):
+    lens = sorted(len(words(said(r, 'user'))) for rs in demo_rows.values() for r in rs)
+    assert lens[len(lens)//10]<15 and lens[-len(lens)//10]>30 and lens[0]>=3
+
+def test_the_planted_faults_are_what_the_readme_says(demo_rows):
+    lines = (DEMO/'faults.jsonl').read_text().splitlines()
+    assert len(lines)==5
+    again, leaked, empty, key = map(json.loads, lines[:4])
+    assert again in demo_rows['train']
+    assert said(leaked, 'user') in [said(r, 'user') for r in demo_rows['test']]
+    assert said(empty, 'assistant')==''
+    assert re.search(r'ghp_\w+', said(key, 'assistant')) and 'fake' in said(key, 'assistant').lower()
+    with pytest.raises(json.JSONDecodeError): json.loads(lines[4])
+
+def test_stage_1_finds_each_planted_fault_and_nothing_else(demo_rows):
+    from ftnb.prepare import check_rows, read_all
+    from ftnb.recipe import load_recipe
+    rows, _ = read_all(load_recipe(DEMO/'demo.yaml'))
+    check_rows(rows)
+    aside = [(r.file.split('/')[-1], r.line, r.aside) for r in rows if r.aside]
+    mine = {l: why for f,l,why in aside if f=='faults.jsonl'}
+    assert 'same as line' in mine[1] and 'no answer' in mine[3] and 'not JSON' in mine[5] and ' in the ' in mine[4]
+    # the leaked question is trained on either way: the held-out row goes, so that the test is fair
+    assert [f for f,_,why in aside if 'leaked' in why]==['test.jsonl']
+    assert len(aside)==5

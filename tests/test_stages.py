@@ -86,8 +86,13 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 def test_a_misspelt_injected_parameter_gets_the_nearest_name(work):
-    with pytest.raises(UserError, match="learnig_rate.*Did you mean 'learning_rate'"): start_stage('prepare', {'In': ['', '# Parameters\nlearnig_rate = 1\n'], 'learnig_rate': 1, 'dataset': 'my.jsonl'})
+    with pytest.raises(UserError, match="learnig_rate.*Did you mean 'learning_rate'"):
+        start_stage('prepare', {'In': ['', '# Parameters\nlearnig_rate = 1\n'], 'learnig_rate': 1, 'dataset': 'my.jsonl'})
     assert not (work/'runs').exists()
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason='stages.start_stage: given[k] = ns[k] needs the name in the namespace; use the value _injected returns')
+def test_a_misspelt_injected_parameter_needs_no_value_in_the_namespace(work):
+    with pytest.raises(UserError, match="learnig_rate"): start_stage('prepare', {'In': ['# Parameters\nlearnig_rate = 1']})
 
 def test_injected_values_and_names_of_the_notebook_make_the_run(work):
     run = start_stage('prepare', {'In': ['# Parameters\nlora_r = 8\n'], 'lora_r': 8, 'dataset': 'my.jsonl', 'output_dir': 'out', 'Path': Path, '_': 1})
@@ -97,7 +102,7 @@ def test_a_stage_without_what_comes_before_says_what_to_run(work):
     with pytest.raises(UserError, match='run 1_prepare'): start_stage('plan', {})
 
 inside = ['_stages/3_train.ipynb', '_data/demo/train.jsonl', '_data/models/smollm2-135m.json', '_data/templates/chatml.jinja']
-find = 'import ftnb; from ftnb.base import shipped; print(ftnb.__file__)\nfor f in ' + repr(inside) + ': k, *parts = f[1:].split("/"); assert shipped(k, *parts).is_file(); print(shipped(k, *parts))'
+find = f'import ftnb; from ftnb.base import shipped; print(ftnb.__file__)\nfor f in {inside!r}: ' + 'k, *parts = f[1:].split("/"); ' + 'assert shipped(k, *parts).is_file(); print(shipped(k, *parts))'
 
 @pytest.mark.parametrize('file', inside)
 def test_what_ships_is_found_in_the_working_tree(file, work):
@@ -109,13 +114,15 @@ def test_what_ships_is_found_in_an_editable_install(tmp_path):
     p = subprocess.run([sys.executable, '-c', find], cwd=tmp_path, env=env, capture_output=True, text=True)
     if 'No module named' in p.stderr and "'ftnb'" in p.stderr: pytest.skip('ftnb is not installed')
     assert not p.returncode, p.stderr
+    if not Path(p.stdout.split()[0]).is_relative_to(ROOT): pytest.skip('ftnb is not installed as editable')
 
 def test_what_ships_is_in_the_wheel_and_is_found_there(tmp_path):
     src, out, there = tmp_path/'src', tmp_path/'whl', tmp_path/'there'
     leave = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
     for d in ('ftnb', 'nbs/stages', 'data'): shutil.copytree(ROOT/d, src/d, ignore=leave)
     for f in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/f, src/f)
-    p = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(out), '.'], cwd=src, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(out), '.'],
+        cwd=src, capture_output=True, text=True)
     assert not p.returncode, p.stderr[-800:]
     whl, = out.glob('ftnb-*.whl')
     with zipfile.ZipFile(whl) as z:
@@ -153,6 +160,11 @@ def test_from_after_to_is_exit_2(work, capsys):
     assert main(['run', 'r.yaml', '--from', 'train', '--to', 'plan'])==2
     assert '--from train comes after --to plan' in capsys.readouterr().err
 
+@pytest.mark.xfail(strict=True, reason='cli.cmd_run: open_run makes the folder before the stage names are checked')
+def test_from_after_to_leaves_no_run_behind(work):
+    main(['run', 'r.yaml', '--from', 'train', '--to', 'plan'])
+    assert not (work/'runs/r').exists()
+
 def test_an_unknown_stage_is_exit_2_with_the_nearest_name(work, capsys):
     assert main(['run', 'r.yaml', '--to', 'trian'])==2
     assert "Did you mean 'train'?" in capsys.readouterr().err
@@ -170,9 +182,9 @@ def test_help_names_every_option(command, capsys):
     with pytest.raises(SystemExit) as e: main([*([command] if command else []), '--help'])
     assert not e.value.code
     out = capsys.readouterr().out
-    if not command: return [] == [c for c in subs if c not in out] or pytest.fail(out)
-    for a in subs[command]._actions:
-        assert a.help, f'{command}: {a.dest} has no help'
+    assert command or not [c for c in subs if c not in out]
+    for a in (subs[command] if command else cli.parser())._actions:
+        assert a.help or not a.option_strings, f'{command}: {a.dest} has no help'
         assert all(o in out for o in a.option_strings)
 
 def train(run, *done):
