@@ -47,7 +47,7 @@ def render(
         if type(e).__module__.startswith('jinja2'): raise UserError(f'The chat template of {tokenizer.name_or_path} refuses a conversation of the roles {" ".join(m["role"] for m in messages)}: {e}') from None
         raise
 
-# %% ../nbs/24_chat.ipynb #e402a31b
+# %% ../nbs/24_chat.ipynb #5df18ecd
 _open, _close = '\ue000', '\ue001' # private use characters: in no text, and no template looks at them
 
 def _marked(tokenizer, messages, tools, text):
@@ -61,7 +61,10 @@ def _marked(tokenizer, messages, tools, text):
         spans, pos, start = [], 0, None
         for ch in out:
             if ch==_open: start = pos
-            elif ch==_close: spans.append((start, pos))
+            elif ch==_close:
+                if start is None: return None
+                spans.append((start, pos))
+                start = None
             else: pos += 1
         if len(spans)==sum(m['role']=='assistant' for m in messages): return spans
 
@@ -95,7 +98,27 @@ def assistant_spans(
         ends.append(end)
     return text, out, ends
 
-# %% ../nbs/24_chat.ipynb #89696635
+# %% ../nbs/24_chat.ipynb #274a87f4
+def _tokens(tokenizer, rec, text, spans):
+    "Token ids and their offsets, with every prompt tokenised as it is in serving"
+    def piece(a, b):
+        enc = tokenizer(text[a:b], add_special_tokens=False, return_offsets_mapping=True)
+        return enc['input_ids'], [(x+a, y+a) for x,y in enc['offset_mapping']]
+    ids, offsets = piece(0, len(text))
+    turns = [i for i,m in enumerate(rec['messages']) if m['role']=='assistant']
+    cuts, melted = [], False
+    for i,(s,_) in zip(turns, spans):
+        try: prompt = render(tokenizer, rec['messages'][:i], prompt=True, tools=rec.get('tools'))
+        except UserError: prompt = ''
+        cut = len(prompt) if prompt and len(prompt)<=s and text.startswith(prompt) else s
+        alone = piece(0, cut)[0]
+        melted |= ids[:len(alone)]!=alone
+        cuts.append(cut)
+    if melted:
+        parts = [piece(a, b) for a,b in zip([0, *cuts], [*cuts, len(text)]) if b>a]
+        ids, offsets = [t for p in parts for t in p[0]], [o for p in parts for o in p[1]]
+    return ids, offsets, cuts
+
 @dataclass
 class Encoded:
     "Tokens of one row"
@@ -120,12 +143,13 @@ def encode(
         ids = tokenizer(render(tokenizer, rec['messages'], tools=rec.get('tools')), add_special_tokens=False)['input_ids']
         return Encoded(ids, list(ids))
     text, spans, ends = assistant_spans(tokenizer, rec['messages'], rec.get('tools'))
-    enc = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets, cuts = _tokens(tokenizer, rec, text, spans)
+    spans = [(c if text[c:s].isspace() else s, e) for c,(s,e) in zip(cuts, spans)] # white space after the prompt is the model's to write
     labels, k = [], 0
-    for t,(a,b) in zip(enc['input_ids'], enc['offset_mapping']):
+    for t,(a,b) in zip(ids, offsets):
         while k<len(spans) and a>=spans[k][1]: k += 1
         labels.append(t if k<len(spans) and b>spans[k][0] and b>a else -100)
-    return Encoded(enc['input_ids'], labels, all(ends))
+    return Encoded(ids, labels, all(ends))
 
 def prompt_of(
     tokenizer,

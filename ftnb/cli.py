@@ -6,7 +6,7 @@
 __all__ = ['settings_defaults', 'parse_values', 'open_run', 'cmd_new', 'cmd_run', 'cmd_ls', 'cmd_show', 'cmd_diff', 'cmd_chat',
            'cmd_doctor', 'parser', 'main']
 
-# %% ../nbs/44_cli.ipynb #2075af9c
+# %% ../nbs/44_cli.ipynb #1d5076af
 import argparse, json, os, sys
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .recipe import load_recipe, make_recipe, recipe_table, to_dict
 from .report import answer_table, metric_table
 from .runs import Run, free_name, inputs_of, list_runs, requirements, run_folder, stages
 from .settings import Settings, read_settings
-from .stages import StageFailed, link_run, plan_stages, run_pipeline, stage_notebook
+from .stages import StageFailed, check_range, link_run, plan_stages, run_pipeline, stage_notebook
 
 # %% ../nbs/44_cli.ipynb #190bac6d
 def settings_defaults(s:Settings)->Settings:
@@ -74,7 +74,7 @@ def open_run(
     say(f'  {folder.name} keeps its training; other values go to {p.name}')
     return link_run(have, p, r)
 
-# %% ../nbs/44_cli.ipynb #4957c772
+# %% ../nbs/44_cli.ipynb #cc2ff010
 def _out(obj, as_json):
     "Print a value for people or for machines"
     if as_json: print(json.dumps(obj.rows if isinstance(obj, Table) else obj, indent=1, default=str, ensure_ascii=False))
@@ -85,10 +85,13 @@ def _progress(e):
     sys.stderr.flush()
 
 def cmd_new(a):
+    "`ftnb new`"
     p = new_recipe(a.path, dataset=a.dataset, force=a.force, **parse_values(a.param))
     _out(dict(recipe=str(p)), True) if a.json else print(f'wrote {p}: every key with its meaning; run it with `ftnb run {p}`')
 
 def cmd_run(a):
+    "`ftnb run`"
+    check_range(a.from_stage, a.to)
     say = (lambda *x: print(*x, file=sys.stderr)) if a.json else print
     run = open_run(a.what, parse_values(a.param), a.name, a.in_place, say)
     say(f'{run.name}  ({run.folder})')
@@ -102,6 +105,7 @@ def cmd_run(a):
     print(f'  {run.path("reports", "evaluate.html")}' if rep else f'  {run.folder}')
 
 def cmd_ls(a):
+    "`ftnb ls`"
     recipes = []
     for p in sorted(Path('.').glob('*.y*ml')):
         try: r = load_recipe(p)
@@ -113,6 +117,7 @@ def cmd_ls(a):
     print(st, '', Table(recipes), '', runs if len(runs) else 'no runs yet', sep='\n')
 
 def cmd_show(a):
+    "`ftnb show`"
     run = Run(run_folder(a.run))
     ev = run.report('evaluate')
     if a.json: return _out(dict(run=run.name, recipe=to_dict(run.recipe), state=run.state, manifest=run.manifest, evaluate=ev, train=run.report('train'), export=run.report('export')), True)
@@ -121,10 +126,12 @@ def cmd_show(a):
     if run.recipe.spec: print('', requirements(run), sep='\n')
 
 def cmd_diff(a):
+    "`ftnb diff`"
     d = RunDiff(Run(run_folder(a.a)), Run(run_folder(a.b)))
     _out(d.to_dict() if a.json else d, a.json)
 
 def cmd_chat(a):
+    "`ftnb chat`"
     from ftnb.generate import load # torch is loaded only here
     pair = load(a.run, a.which)
     which = ('base', 'tuned') if a.which=='both' else (a.which,)
@@ -142,6 +149,7 @@ def cmd_chat(a):
         ask(q)
 
 def cmd_doctor(a):
+    "`ftnb doctor`"
     d = doctor(a.model)
     _out(d, a.json)
     return 0 if d.ok else 1

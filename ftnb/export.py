@@ -45,15 +45,14 @@ def anonymous(obj):
     obj = re.sub(r'\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}', r'\1...', obj)
     return re.sub(r'(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s"\']*[/\\]([^\s"\'/\\]+)', r'\1', obj)
 
-# %% ../nbs/38_export.ipynb #91cd7d73
+# %% ../nbs/38_export.ipynb #d3c392e8
 _lines = dict(adapter='''from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tok = AutoTokenizer.from_pretrained(folder)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), folder)''',
+tok = AutoTokenizer.from_pretrained("this/folder")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), "this/folder")''',
     merged='''from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = "path/to/this/folder"
-tok = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")''')
+tok = AutoTokenizer.from_pretrained("this/folder")
+model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="auto")''')
 
 def model_card(
     run:Run,
@@ -84,6 +83,8 @@ def describe(run:Run, folder, kind:str, tok):
     tok.save_pretrained(folder)
     for o in folder.iterdir():
         if o.suffix in ('.bin', '.pt', '.pth', '.pkl'): o.unlink()
+    config = read_json(folder/'tokenizer_config.json')
+    write_json(folder/'tokenizer_config.json', {k:v for k,v in config.items() if k not in ('is_local', 'local_files_only')}) # true here, not elsewhere
     write_atomic(folder/'README.md', model_card(run, kind))
     write_json(folder/'manifest.json', anonymous(run.manifest))
 
@@ -96,7 +97,7 @@ def finish_adapter(run:Run, tok)->Path:
     describe(run, folder, 'adapter', tok)
     return folder
 
-# %% ../nbs/38_export.ipynb #666a5572
+# %% ../nbs/38_export.ipynb #460be845
 def shipped_dtype(r:Recipe)->torch.dtype:
     "The type of the merged weights: merge_dtype, else what the base's config says, else bfloat16"
     if r.merge_dtype!='auto': return getattr(torch, r.merge_dtype)
@@ -106,7 +107,7 @@ def shipped_dtype(r:Recipe)->torch.dtype:
 
 def generation_config(model, tok)->GenerationConfig:
     "The model's own settings with every end of turn, free of sampling values that greedy decoding refuses"
-    own = model.generation_config.to_dict()
+    own = {k:v for k,v in model.generation_config.to_dict().items() if k!='_from_model_config'}
     if not own.get('do_sample'): own.update(temperature=None, top_p=None, top_k=None)
     return GenerationConfig(**{**own, 'eos_token_id': stop_ids(tok, model), 'pad_token_id': tok.pad_token_id})
 

@@ -56,13 +56,14 @@ def is_plain(model)->bool:
     except (TypeError, AttributeError, RuntimeError): return False
     finally: model.train(training)
 
-# %% ../nbs/32_loss.ipynb #38d6e699
+# %% ../nbs/32_loss.ipynb #84b5de70
 def nan_cause(args, step)->str:
     "The likely cause of a loss that is not finite, and the way out"
     if args.fp16: return 'float16 overflows with this model: set bf16: true on a GPU that has it, or dtype: float32'
+    if step<=1: return 'no weight has changed yet, so the weights of the model may be damaged: check them with ftnb chat'
     if args.learning_rate>=1e-3: return f'learning_rate: {args.learning_rate:g} is high: try {args.learning_rate/10:g}'
     if not args.max_grad_norm: return 'gradients are not clipped: set max_grad_norm: 1.0'
-    return 'the weights of the model may be damaged: check them with ftnb chat' if step<=1 else f'try learning_rate: {args.learning_rate/10:g}, or warmup_steps: 0.1'
+    return f'try learning_rate: {args.learning_rate/10:g}, or warmup_steps: 0.1'
 
 class Trainer(SFTTrainer):
     "TRL's `SFTTrainer`; on a device without its fused kernel the loss is taken at the trained positions only"

@@ -66,7 +66,7 @@ def convert_known(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return to
 
-# %% ../nbs/18_models.ipynb #977c5a84
+# %% ../nbs/18_models.ipynb #b40beac2
 def check_folder(path)->Path:
     "`path` if it is a model's folder; a `UserError` that says what is missing"
     path = Path(os.path.expanduser(str(path)))
@@ -85,6 +85,7 @@ def model_path(
         to = ftnb_home()/'models'/f'{name}-{known_models[name]["version"]}-bf16'
         if not (to/'source.json').exists() and convert: convert_known(name, to)
         return str(to)
+    if not name.strip(): raise UserError(f'model_name_or_path: it is empty; set a folder, a hub id or one of {", ".join(known_models)}.')
     p = Path(os.path.expanduser(name))
     if p.is_dir(): return str(check_folder(p))
     if p.is_file(): raise UserError(f'{name} is a file; model_name_or_path is a folder, a hub id or one of {", ".join(known_models)}.')

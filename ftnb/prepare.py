@@ -39,7 +39,7 @@ def put_aside(rows, test, reason):
     for r in rows:
         if r.aside is None and (x := test(r)): r.aside = reason(x) if callable(reason) else reason
 
-# %% ../nbs/29_prepare.ipynb #6d873b66
+# %% ../nbs/29_prepare.ipynb #7b4683ab
 def read_all(
     recipe, # A `Recipe`
 )->tuple: # (rows, {file: `Shape`})
@@ -49,9 +49,9 @@ def read_all(
         raws = list(read_rows(s, recipe.dataset_config, recipe.dataset_train_split))
         new = [Row(r.file, r.line, r.row, split=r.split, aside=r.fault, fixed=r.split is not None) for r in raws]
         for r in new:
-            if r.raw and s.mapping: r.raw = apply_mapping(r.raw, s.mapping, f'{r.file}, line {r.line}')
-        good = [r.raw for r in new if r.raw]
-        if not good: raise UserError(f'{s.path}: no row can be read; line {new[0].line}: {new[0].aside}.')
+            if r.raw is not None and s.mapping: r.raw = apply_mapping(r.raw, s.mapping, f'{r.file}, line {r.line}')
+        good = [r.raw for r in new if r.raw is not None]
+        if not good: raise UserError(f'{s.path}: no row can be read; line {new[0].line}: {new[0].aside}; write one JSON object per line.')
         shapes[s.path] = shape = recognise(good[:200], s.path)
         for r in new:
             if r.aside: continue
@@ -168,7 +168,7 @@ class Prepared:
     def __repr__(self): return '\n\n'.join(repr(t) for t in self.tables if len(t))
     def _repr_html_(self): return ''.join(t._repr_html_() for t in self.tables if len(t))
 
-# %% ../nbs/29_prepare.ipynb #83077a24
+# %% ../nbs/29_prepare.ipynb #cbb4998e
 def _save(run, rows):
     "Write records, tokens and the rows set aside"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -203,7 +203,8 @@ def prepare(
     splits = {s: sum(r.split==s for r in kept) for s in ('train', 'valid', 'test')}
     if not splits['train']:
         why = Counter(r.aside for r in rows if r.aside).most_common(1)
-        raise UserError(f'No row is left to train on: {len(rows)} were read, {len(rows)-len(kept)} set aside' + (f', most for: {why[0][0]}.' if why else '.'))
+        first = next((r for r in rows if why and r.aside==why[0][0]), None)
+        raise UserError(f'No row is left to train on: {len(rows)} were read, {len(rows)-len(kept)} set aside' + (f', most for: {why[0][0]} (first {first.file}, line {first.line}); check the file, or set mapping.' if why else '.'))
     files = []
     for f in dict.fromkeys(r.file for r in rows):
         mine = [r for r in rows if r.file==f]

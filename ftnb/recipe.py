@@ -6,8 +6,8 @@
 __all__ = ['coerce', 'make_recipe', 'read_yaml', 'load_recipe', 'to_dict', 'save_recipe', 'diff_recipes', 'applies',
            'recipe_table']
 
-# %% ../nbs/06_recipe.ipynb #f2a9c577
-import typing
+# %% ../nbs/06_recipe.ipynb #b48a16b2
+import math, typing
 from pathlib import Path
 
 from .base import Table, UserError, nearest, write_atomic
@@ -15,7 +15,7 @@ from .aliases import apply_aliases
 from .fields import Recipe, defaults, group_of, groups, help_of, names, types
 from .rules import check
 
-# %% ../nbs/06_recipe.ipynb #26c963d3
+# %% ../nbs/06_recipe.ipynb #571a12d7
 _words = {'true':True, 'yes':True, 'on':True, 'false':False, 'no':False, 'off':False}
 _kinds = {str:'text', int:'a whole number', float:'a number', bool:'true or false', list:'a list', dict:'a mapping', type(None):'none'}
 
@@ -31,7 +31,7 @@ def _one(v, t):
         if isinstance(v, str):
             try: v = float(v)
             except ValueError: raise TypeError from None
-        if isinstance(v, (int, float)) and (t is float or v==int(v)): return t(v)
+        if isinstance(v, (int, float)) and math.isfinite(v) and (t is float or v==int(v)): return t(v)
     elif t is str:
         if isinstance(v, (str, Path)): return str(v)
     elif t is list:

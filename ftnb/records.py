@@ -32,7 +32,7 @@ def shape_of(
     if 'text' in low: return 'text'
     return ''
 
-# %% ../nbs/21_records.ipynb #4ff05de1
+# %% ../nbs/21_records.ipynb #e9c8dd5e
 class RowFault(Exception): "Why a row can't be used"
 
 roles = dict(system='system', developer='system', user='user', human='user', prompter='user', customer='user', assistant='assistant', gpt='assistant', bot='assistant', model='assistant',
@@ -41,8 +41,11 @@ roles = dict(system='system', developer='system', user='user', human='user', pro
 def _text(v, what):
     "A text value; other types are faults, not silently turned into text"
     if v is None: return ''
-    if isinstance(v, str): return v
-    if isinstance(v, list) and all(isinstance(o, dict) and o.get('type')=='text' for o in v): return ''.join(o.get('text', '') for o in v)
+    if isinstance(v, str):
+        try: v.encode()
+        except UnicodeEncodeError: raise RowFault(f'{what} holds half a surrogate pair, which is no character') from None
+        return v
+    if isinstance(v, list) and all(isinstance(o, dict) and o.get('type')=='text' and isinstance(o.get('text', ''), str) for o in v): return ''.join(o.get('text', '') for o in v)
     raise RowFault(f'{what} is {type(v).__name__}, not text')
 
 def _turn(m, i, role_key='role', text_key='content'):
@@ -65,6 +68,7 @@ def _low(row): return {k.lower():v for k,v in row.items()}
 def _alpaca(row):
     row, out = _low(row), []
     if row.get('system'): out.append(dict(role='system', content=_text(row['system'], 'system')))
+    if not isinstance(row.get('history') or [], list): raise RowFault('history is not a list of pairs')
     for h in row.get('history') or []:
         if not isinstance(h, (list, tuple)) or len(h)!=2: raise RowFault('history is not a list of pairs')
         out += [dict(role='user', content=_text(h[0], 'history')), dict(role='assistant', content=_text(h[1], 'history'))]
@@ -83,7 +87,7 @@ def _prompt_completion(row):
 
 _makers = dict(messages=_messages, sharegpt=_sharegpt, alpaca=_alpaca, prompt_completion=_prompt_completion)
 
-# %% ../nbs/21_records.ipynb #ac871f6e
+# %% ../nbs/21_records.ipynb #5e7499ee
 def apply_mapping(
     row:dict, # A raw row
     mapping:dict, # Role to column: prompt, completion, system, messages, text
@@ -94,6 +98,7 @@ def apply_mapping(
     out = {}
     for role,col in mapping.items():
         if role not in known: raise UserError(f'mapping: {role!r} is no role; known are {", ".join(known)}.{nearest(role, known)}')
+        if not isinstance(col, str): raise UserError(f'mapping: {role}: {col!r} is not the name of a column; write one name.')
         if col not in row: raise UserError(f'mapping: {where} has no column {col!r}; it has {", ".join(map(repr, row))}.{nearest(col, row)}')
         out[role] = row[col]
     return out
@@ -128,7 +133,7 @@ def normalise(
     if system_prompt and ms[0]['role']!='system': ms = [dict(role='system', content=system_prompt), *ms]
     return dict(messages=ms, **(dict(tools=row['tools']) if row.get('tools') else {}))
 
-# %% ../nbs/21_records.ipynb #b3438255
+# %% ../nbs/21_records.ipynb #3f703da7
 @dataclass(frozen=True)
 class Shape:
     "What a file was taken for"
@@ -145,6 +150,7 @@ def recognise(
     shapes = Counter(shape_of(r) for r in rows)
     name, n = shapes.most_common(1)[0]
     cols = list(rows[0])
+    if not cols: raise UserError(f'{where}, line 1: the rows have no columns; write one JSON object per line, such as {{"prompt": ..., "completion": ...}}.')
     if not name:
         a, b = (cols+['question', 'answer'])[:2]
         raise UserError(f'{where}: can not tell question from answer in the columns {", ".join(map(repr, cols))}; say which is which, such as mapping: {{prompt: {a}, completion: {b}}}.')

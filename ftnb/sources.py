@@ -31,7 +31,7 @@ class Source:
     limit:int=None # Use at most so many rows
     weight:float=1.0 # Share of the rows to use (below 1), or times to repeat them in training (above 1)
 
-# %% ../nbs/20_sources.ipynb #d5e82079
+# %% ../nbs/20_sources.ipynb #31f864bb
 suffixes = ('.jsonl', '.ndjson', '.json', '.csv', '.tsv', '.parquet')
 split_names = dict(train='train', training='train', valid='valid', validation='valid', val='valid', dev='valid', eval='valid', test='test', testing='test')
 _keys = ('path', 'split', 'mapping', 'limit', 'weight')
@@ -52,6 +52,9 @@ def find_sources(
         if x := [k for k in dataset if k not in _keys]: raise UserError(f'dataset: unknown key {x[0]!r} in {dataset}.{nearest(x[0], _keys)}')
         if not dataset.get('path'): raise UserError(f'dataset: {dataset} has no path.')
         split = _split(dataset.get('split'), dataset['path'])
+        for k,least,kind in (('limit', 1, int), ('weight', 0, (int, float))):
+            v = dataset.get(k)
+            if v is not None and (isinstance(v, bool) or not isinstance(v, kind) or v<least or (k=='weight' and v==0)): raise UserError(f'dataset: {k}: {v!r} of {dataset["path"]} is not a number above 0; check it.')
         out = find_sources(dataset['path'], dataset.get('mapping') or mapping)
         return [Source(s.path, split or s.split, s.mapping, dataset.get('limit') or s.limit, float(dataset.get('weight') or 1)) for s in out]
     if dataset=='demo': return [Source(str(shipped('data', 'demo', f'{s}.jsonl')), s) for s in ('train', 'valid', 'test')]
@@ -63,7 +66,7 @@ def find_sources(
         return [Source(str(dataset), None, mapping)]
     if p.suffix.lower() in suffixes or str(dataset).startswith(('.', '/', '~')) or str(dataset).count('/')!=1:
         near = [o.name for o in p.parent.iterdir() if o.suffix in suffixes] if p.parent.is_dir() else []
-        raise UserError(f'There is no file {dataset} (looked from {Path.cwd()}).{nearest(p.name, near)}')
+        raise UserError(f'There is no file {dataset} (looked from {Path.cwd()}).{nearest(p.name, near) or " Check the path, or set dataset: demo."}')
     return [Source(str(dataset), None, mapping)]
 
 def _folder(p, mapping):
@@ -74,7 +77,7 @@ def _folder(p, mapping):
     if files: return [Source(str(f), None, mapping) for f in files]
     raise UserError(f'The folder {p} holds no {" ".join(suffixes)} file.')
 
-# %% ../nbs/20_sources.ipynb #5b93f72d
+# %% ../nbs/20_sources.ipynb #eebafb6b
 def _jsonl(p, name):
     with p.open('rb') as f:
         for i,b in enumerate(f, 1):
@@ -83,11 +86,13 @@ def _jsonl(p, name):
             try: row = json.loads(b.decode('utf-8').rstrip('\r\n'))
             except UnicodeDecodeError as e: yield Raw(name, i, fault=f'not UTF-8 at byte {e.start} of the line')
             except json.JSONDecodeError as e: yield Raw(name, i, fault=f'not JSON: {e.msg} at column {e.colno}')
+            except ValueError as e: yield Raw(name, i, fault=f'not JSON: {str(e).split(";")[0]}')
             except RecursionError: yield Raw(name, i, fault='not JSON: nested too deeply')
             else: yield Raw(name, i, row) if isinstance(row, dict) else Raw(name, i, fault=f'not a JSON object but {type(row).__name__}')
 
 def _json(p, name):
     text = p.read_text(encoding='utf-8-sig')
+    if not text.strip(): return
     try: obj = json.loads(text)
     except json.JSONDecodeError as e:
         if e.msg=='Extra data' and text.lstrip()[:1]=='{': yield from _jsonl(p, name); return  # JSON Lines under another ending
@@ -133,7 +138,7 @@ def _hub(s, config, split):
         raise UserError(f'There is no file {s.path}, and the hub can not be reached for a data set of that name; check the path, or the network and HF_HUB_OFFLINE.' if offline
             else f'The data set {s.path} could not be read from the hub: {why}') from None
 
-# %% ../nbs/20_sources.ipynb #77c9800b
+# %% ../nbs/20_sources.ipynb #e39619ab
 _readers = {'.jsonl':_jsonl, '.ndjson':_jsonl, '.json':_json, '.csv':_csv, '.tsv':_csv, '.parquet':_parquet}
 
 def read_rows(
@@ -156,4 +161,4 @@ def read_rows(
     except Exception as e:
         if type(e).__module__.startswith('pyarrow'): raise UserError(f'{s.path} is not a Parquet file: {str(e).splitlines()[0]}') from None
         raise
-    if not n: raise UserError(f'{s.path} is empty: it holds no row.')
+    if not n: raise UserError(f'{s.path} is empty: it holds no row; check the file.')

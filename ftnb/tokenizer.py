@@ -33,7 +33,7 @@ def set_pad(
     if t.pad_token is None: raise UserError(f'{t.name_or_path} has neither a pad nor an end-of-sequence token; set pad_token: new.')
     return t
 
-# %% ../nbs/25_tokenizer.ipynb #711a433c
+# %% ../nbs/25_tokenizer.ipynb #c550d479
 def load_tokenizer(
     r:Recipe, # Its model_name_or_path, model_revision, chat_template_path, pad_token
     folder=None, # Load from this folder instead, such as a run's adapter
@@ -42,6 +42,8 @@ def load_tokenizer(
     try: from transformers import AutoTokenizer
     except ImportError: raise UserError('Tokenising needs transformers: pip install "ftnb[train]".') from None
     path = str(folder or model_path(r.model_name_or_path))
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, f)) for f in ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')):
+        raise UserError(f'{r.model_name_or_path} holds no tokenizer (no tokenizer.json): copy the one of its base model into the folder.')
     try: tok = AutoTokenizer.from_pretrained(path, revision=None if os.path.isdir(path) else r.model_revision, trust_remote_code=r.trust_remote_code)
     except Exception as e: raise hub_error(e, r.model_name_or_path) or UserError(f'The tokenizer of {r.model_name_or_path} could not be loaded: {str(e).splitlines()[0]}') from None
     if not tok.is_fast: raise UserError(f'{r.model_name_or_path} has only a slow tokenizer, which can not say where tokens stand in the text; convert it to a tokenizer.json first.')

@@ -77,13 +77,15 @@ def training_args(
         gradient_checkpointing=False, activation_checkpointing=checkpointing, report_to=r.report_to, run_name=r.run_name or run.name, max_length=r.max_length,
         logging_nan_inf_filter=False, disable_tqdm=True, **precision_args(r, d), **kw)
 
-# %% ../nbs/34_train.ipynb #3ea523ec
+# %% ../nbs/34_train.ipynb #056e3923
 def token_data(run:Run, split:str):
     "The tokens and labels of a split, as stage 1 saved them; None if there are no rows"
     p = run.path('data', f'{split}.tokens.parquet')
     if not p.exists(): raise UserError(f'{run.name} has no prepared data ({p.name} is not there); run stage 1 first: ftnb run {run.name} --to prepare.')
+    import pyarrow.parquet as pq
+    if not pq.read_metadata(p).num_rows: return None
     ds = load_dataset('parquet', data_files=str(p), split='train', cache_dir=str(run.path('data', '.cache')))
-    return ds if len(ds) else None
+    return ds
 
 def make_trainer(
     run:Run, # With prepared data

@@ -56,8 +56,8 @@ class Made:
         from ftnb.recipe import make_recipe
         from ftnb.runs import Run
         self.n += 1
-        data = write_rows(self.folder/f'rows{self.n}.jsonl', short_rows(24) if rows is None else rows)
-        r = make_recipe({**dict(model_name_or_path=self.tiny, dataset=data, dtype='float32', use_cpu=True, peft='full', valid_size=0, test_size=0, eval_strategy='no', save_strategy='no',
+        data = write_rows(self.folder/f'rows{self.n}.jsonl', short_rows(26) if rows is None else rows)
+        r = make_recipe({**dict(model_name_or_path=self.tiny, dataset=data, dtype='float32', use_cpu=True, peft='full', valid_size=2, test_size=0, eval_strategy='no', save_strategy='no',
             max_steps=2, per_device_train_batch_size=4, logging_steps=1, learning_rate=1e-3, report_to='none'), **values})
         run = Run(self.folder/f'run{self.n}', r).save()
         prepare(run)
