@@ -210,4 +210,4 @@ def test_every_mistake_is_one_line_without_a_traceback(tmp_path, monkeypatch, ca
         (tmp_path/'my.yaml').write_text(text)
         got = main(['run', 'my.yaml', '--to', 'prepare'])
         err = capsys.readouterr().err.strip()
-        assert e.value.code==code and len(err.splitlines())==1 and 'Traceback' not in err, (text, err)
+        assert got==code and len(err.splitlines())==1 and 'Traceback' not in err, (text, err)

@@ -8,7 +8,6 @@ from ftnb.chat import assistant_spans, builtin_templates, encode, prompt_of, ren
 ENDS = dict(own='<|im_end|>', chatml='<|im_end|>', llama3='<|eot_id|>', mistral='</s>', generic='<|im_end|>')
 SPECIAL = dict(llama3=['<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|end_of_text|>'], mistral=['<s>', '</s>', '[INST]', '[/INST]'])
 TRIMS = ('llama3', 'mistral')
-merges = 'the token before the answer is another one in training than in the prompt: text is tokenised across the start of the answer'
 
 def llama3_words():
     "How Llama 3 cuts text into words: blank lines stay together"
@@ -95,7 +94,7 @@ def cases(table, **faults):
     "Every template with every case; `faults` are the known ones"
     return pytest.mark.parametrize('name, case', [pytest.param(n, c, marks=[pytest.mark.xfail(strict=True, reason=faults[f'{n}_{c}'])] if f'{n}_{c}' in faults else []) for n in ENDS for c in table])
 
-@cases(HARD, mistral_number=merges)
+@cases(HARD)
 def test_unusual_text_is_labelled_right(toks, name, case):
     tok, rec = toks[name], HARD[case]
     assert trained_text(tok, encode(tok, rec))==should(name, rec)
@@ -103,7 +102,7 @@ def test_unusual_text_is_labelled_right(toks, name, case):
     assert encode(tok, rec).input_ids[:len(ids)]==ids
 
 SPACED = dict(before=talk('Hello', '  Hi'), after=talk('Hello', 'Hi \n'), both=talk('Hello', ' Hi ', 'and', ' there '), only_one_of_two=talk('Hello', ' Hi', 'and', 'there'), line=talk('Hello', '\nHi'))
-@cases(SPACED, own_before=merges, chatml_before=merges, generic_before=merges)
+@cases(SPACED)
 def test_space_around_an_answer_stays_inside_it(toks, name, case):
     tok, rec = toks[name], SPACED[case]
     assert trained_text(tok, encode(tok, rec))==should(name, rec)
