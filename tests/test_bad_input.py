@@ -1,7 +1,5 @@
 "A user's mistake is one sentence: what, where, what to do"
 import json, os, re, subprocess
-from dataclasses import replace
-from pathlib import Path
 import pytest
 
 from conftest import short_rows, write_rows

@@ -1,0 +1,44 @@
+"Before the site is rendered: process the notebooks of nbs/ into reference/, which git ignores."
+import json, os, re, shutil
+from pathlib import Path
+
+root = Path(os.environ.get('QUARTO_PROJECT_DIR', Path(__file__).parent.parent)).resolve()
+out = root/'reference'
+widget = 'application/vnd.jupyter.widget-view+json'
+
+def page_name(p):
+    "01a_name.ipynb as name.ipynb, as nbdev names its pages"
+    return p.with_name(re.sub(r'^\d+[a-z]*_', '', p.name.lower()))
+
+def static(nb, rel, base):
+    "The notebook without what needs a kernel, its links relative"
+    nb['metadata'].pop('widgets', None)
+    up = '../'*(len(rel.parts)-1)
+    for c in nb['cells']:
+        c['metadata'] = {k:v for k,v in c.get('metadata', {}).items() if k=='tags'}
+        src = ''.join(c['source'])
+        if c['cell_type']=='raw': src = re.sub(r'^output-file:.*\n', '', src, flags=re.M)
+        if c['cell_type']=='markdown': src = src.replace(base, up)
+        c['source'] = src
+        for o in c.get('outputs', []):
+            data = o.get('data', {})
+            data.pop(widget, None)
+            if 'text/markdown' in data: data['text/markdown'] = ''.join(data['text/markdown']).replace(base, up)
+    return nb
+
+def main():
+    os.chdir(root)
+    from nbdev.config import get_config
+    from nbdev.doclinks import _build_modidx
+    from nbdev.serve import proc_nbs
+    cfg = get_config()
+    _build_modidx()
+    cache = proc_nbs(force=True, n_workers=0)
+    base = f'{cfg.doc_host}{cfg.doc_baseurl}'.rstrip('/')+'/'
+    shutil.rmtree(out, ignore_errors=True)
+    for f in sorted(cache.rglob('*.ipynb')):
+        rel = page_name(f.relative_to(cache))
+        (out/rel).parent.mkdir(parents=True, exist_ok=True)
+        (out/rel).write_text(json.dumps(static(json.loads(f.read_text()), rel, base), indent=1))
+
+if __name__=='__main__': main()
