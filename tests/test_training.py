@@ -217,7 +217,6 @@ def packs_on_cpu():
     except ImportError: return False
     return has_avx512bf16()
 
-@pytest.mark.xfail(packs_on_cpu(), strict=True, reason='bitsandbytes packs 4-bit weights in an evaluation on a CPU with AVX512-BF16, and the packed layers pass no gradient back: is_plain and validation break qlora there')
 @pytest.mark.filterwarnings('ignore:bitsandbytes')
 def test_an_evaluation_in_between_changes_no_gradient_of_qlora(made, tmp_path):
     pytest.importorskip('bitsandbytes')
