@@ -154,7 +154,7 @@ def cmd_doctor(a):
     _out(d, a.json)
     return 0 if d.ok else 1
 
-# %% ../nbs/44_cli.ipynb #26e053a8
+# %% ../nbs/44_cli.ipynb #d19519ce
 def parser()->argparse.ArgumentParser:
     "The command line, with help worth reading"
     p = argparse.ArgumentParser('ftnb', description='Fine-tune language models in notebooks, and prove that it worked.', epilog='Start with: ftnb run demo')
@@ -194,7 +194,10 @@ def parser()->argparse.ArgumentParser:
 
 def main(argv=None)->int:
     "Run a command; a user's mistake is one sentence and an exit code, not a traceback"
-    a = parser().parse_args(argv)
+    p = parser()
+    a, rest = p.parse_known_args(argv)
+    if rest and (a.command!='chat' or rest[0].startswith('-')): p.error(f'unrecognized arguments: {" ".join(rest)}')
+    if rest: a.prompt = [*a.prompt, *rest] # argparse takes a question after an option for something else
     try:
         load_env()
         code = a.func(a) or 0
