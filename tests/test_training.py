@@ -17,7 +17,7 @@ from ftnb.runs import Run
 from ftnb.tokenizer import set_pad
 from ftnb.train import Stopped, make_trainer, token_data, train
 
-STEADY = dict(optim='sgd', lr_scheduler_type='constant', warmup_steps=0, max_grad_norm=0, train_sampling_strategy='sequential', learning_rate=.5)
+STEADY = dict(optim='sgd', lr_scheduler_type='constant', warmup_steps=0, max_grad_norm=0, train_sampling_strategy='sequential', learning_rate=.1)
 LORA = dict(peft='lora', lora_r=4)
 
 class Grads(TrainerCallback):
