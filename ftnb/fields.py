@@ -21,6 +21,7 @@ class Recipe:
     attn_implementation:str = 'sdpa' # sdpa, flash_attention_2, eager, or a kernel of the hub
     pad_token:str = 'auto' # auto, eos, new, or a token of the vocabulary
     chat_template_path:Optional[str] = None # Jinja file, or chatml, llama3, mistral, generic for a model without a template
+    template_date:Optional[str] = None # Day that a template writes as today, such as 2024-07-26; none: that one
     use_cpu:bool = False # Stay on the CPU even if there is a GPU
     dataset:Union[str, list, dict, None] = None # File, folder, hub id, `demo`, or a list of {path, split, weight, limit, mapping}
     dataset_config:Optional[str] = None # Configuration name of a hub data set
@@ -33,6 +34,13 @@ class Recipe:
     max_length:int = 1024 # Tokens of a row at most, prompt and answer together
     excess_length_strategy:str = 'raise' # Longer rows: raise (stop if over 1 % of rows), drop, or truncate
     assistant_only_loss:bool = True # Train on the assistant's tokens and their end of turn only
+    think:str = 'keep' # <think> parts of answers: keep, strip, or ignore_empty (empty ones are context, not trained)
+    near_duplicates:str = 'report' # Rows that ask almost the same within training: report, or drop all but the first
+    near_duplicate_threshold:float = 0.7 # Jaccard similarity of 3-word shingles from which two questions are almost the same
+    eval_prompts:Union[str, list, None] = None # Files of evaluation prompts that must not be trained on
+    secrets:str = 'drop' # Rows with keys, tokens or passwords: mask, drop, or stop
+    private_data:str = 'report' # Rows with e-mail, phone, card, IBAN, SSN or IP numbers: report, mask, drop, or stop
+    accept:Optional[dict] = None # Gates that may fail, each with the reason, such as {nothing_cut: long logs are noise}
     packing:bool = False # Put several rows into one sequence
     packing_strategy:str = 'bfd' # bfd (best fit, rows stay whole) or wrapped
     train_sampling_strategy:str = 'auto' # random, sequential, group_by_length, or auto: by length when padding would be costly

@@ -16,12 +16,13 @@ at_least = {**{k:1 for k in ('lora_r', 'lora_alpha', 'max_length', 'per_device_t
     'max_new_tokens', 'max_eval_samples', 'max_train_samples', 'save_total_limit', 'early_stopping_patience', 'top_k', 'dataset_num_proc')},
     **{k:0 for k in ('lora_dropout', 'weight_decay', 'max_grad_norm', 'warmup_steps', 'label_smoothing_factor', 'valid_size', 'test_size', 'seed', 'adam_beta1',
     'adam_beta2', 'dataloader_num_workers', 'early_stopping_threshold')}}
-above_zero = ('learning_rate', 'num_train_epochs', 'logging_steps', 'save_steps', 'eval_steps', 'temperature', 'top_p', 'adam_epsilon', 'repetition_penalty')
+above_zero = ('learning_rate', 'num_train_epochs', 'logging_steps', 'save_steps', 'eval_steps', 'temperature', 'top_p', 'adam_epsilon', 'repetition_penalty', 'near_duplicate_threshold')
 below_one = ('lora_dropout', 'adam_beta1', 'adam_beta2', 'label_smoothing_factor')
 
 dtypes = ('auto', 'float32', 'bfloat16', 'float16')
 choices = dict(method=('sft',), peft=('full', 'lora', 'qlora'), dtype=dtypes, bnb_4bit_compute_dtype=dtypes, merge_dtype=dtypes,
-    excess_length_strategy=('raise', 'drop', 'truncate'), packing_strategy=('bfd', 'wrapped'), lora_bias=('none', 'all', 'lora_only'), bnb_4bit_quant_type=('nf4', 'fp4'),
+    excess_length_strategy=('raise', 'drop', 'truncate'), think=('keep', 'strip', 'ignore_empty'),
+    near_duplicates=('report', 'drop'), secrets=('mask', 'drop', 'stop'), private_data=('report', 'mask', 'drop', 'stop'), packing_strategy=('bfd', 'wrapped'), lora_bias=('none', 'all', 'lora_only'), bnb_4bit_quant_type=('nf4', 'fp4'),
     train_sampling_strategy=('auto', 'random', 'sequential', 'group_by_length'), eval_strategy=('no', 'steps', 'epoch'), save_strategy=('no', 'steps', 'epoch', 'best'),
     hub_strategy=('end', 'every_save', 'checkpoint', 'all_checkpoints'),
     lr_scheduler_type=('linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau',
@@ -39,7 +40,7 @@ def _one_field(r, k, v):
     if k in below_one and v>=1: return f'{k}: {v} must be below 1'
     if k in later and v in later[k]: return f'{k}: {v} ({later[k][v]}) is not in this version; sft is'
     if k in choices and v not in choices[k]: return f'{k}: {v!r} is not one of {", ".join(choices[k])}.{nearest(v, choices[k])}'.rstrip('.')
-    if k=='top_p' and v>1: return f'top_p: {v} is a share, from 0 to 1'
+    if k in ('top_p', 'near_duplicate_threshold') and v>1: return f'{k}: {v} is a share, from 0 to 1'
     if k=='max_steps' and (v==0 or v<-1): return f'max_steps: {v} must be at least 1, or -1 for num_train_epochs'
     if k=='export_formats' and (x := [o for o in v if o not in export_kinds]): return f'export_formats: {x[0]!r} is not one of {", ".join(export_kinds)}.{nearest(x[0], export_kinds)}'.rstrip('.')
     if k=='report_to':

@@ -22,7 +22,8 @@ upstream = dict(prepare=(), plan=('prepare',), train=('prepare',), evaluate=('tr
 stages = tuple(upstream)
 
 _prepare = ['model_name_or_path', 'model_revision', 'trust_remote_code', 'pad_token', 'chat_template_path', 'dataset', 'dataset_config', 'dataset_train_split', 'mapping',
-    'system_prompt', 'valid_size', 'test_size', 'max_train_samples', 'max_length', 'excess_length_strategy', 'assistant_only_loss', 'seed']
+    'system_prompt', 'valid_size', 'test_size', 'max_train_samples', 'max_length', 'excess_length_strategy', 'assistant_only_loss', 'seed',
+    'template_date', 'think', 'near_duplicates', 'near_duplicate_threshold', 'eval_prompts', 'secrets', 'private_data', 'accept']
 _generate = ['max_eval_samples', 'max_new_tokens', 'do_sample', 'temperature', 'top_p', 'top_k', 'repetition_penalty']
 _export = ['export_formats', 'merge_dtype', 'max_shard_size']
 _no_effect = ['output_dir', 'run_name', 'report_to', 'logging_steps', 'logging_first_step', 'dataset_num_proc', 'save_strategy', 'save_steps', 'save_total_limit', 'save_only_model',
