@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ftnb.markers._cut': ('markers.html#_cut', 'ftnb/markers.py'),
                               'ftnb.markers._inst': ('markers.html#_inst', 'ftnb/markers.py'),
                               'ftnb.markers.find_markers': ('markers.html#find_markers', 'ftnb/markers.py'),
+                              'ftnb.markers.is_templated': ('markers.html#is_templated', 'ftnb/markers.py'),
                               'ftnb.markers.split_markers': ('markers.html#split_markers', 'ftnb/markers.py')},
             'ftnb.memory': { 'ftnb.memory.Estimate': ('memory.html#estimate', 'ftnb/memory.py'),
                              'ftnb.memory.Estimate.__repr__': ('memory.html#estimate.__repr__', 'ftnb/memory.py'),

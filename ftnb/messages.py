@@ -61,8 +61,11 @@ def tools_of(
         out.append(t if f is not t else dict(type='function', function={k:o for k,o in t.items() if k!='type'}))
     return out
 
-# %% ../nbs/20a_messages.ipynb #59b46252
-def _may_be_null(p): return isinstance(p, dict) and (p.get('nullable') or 'null' in [p.get('type'), *(p['type'] if isinstance(p.get('type'), list) else [])] or any(map(_may_be_null, p.get('anyOf') or [])))
+# %% ../nbs/20a_messages.ipynb #1afe7d1c
+def _may_be_null(p):
+    if not isinstance(p, dict): return False
+    kinds = p.get('type') if isinstance(p.get('type'), list) else [p.get('type')]
+    return bool(p.get('nullable')) or 'null' in kinds or any(map(_may_be_null, p.get('anyOf') or []))
 def _meant(name, tools):
     "Argument names of a tool whose null is meant: required ones, and those that may be null"
     ps = next((p for t in tools or [] if t['function']['name']==name and isinstance(p := t['function'].get('parameters'), dict)), {})
@@ -87,7 +90,7 @@ def calls_of(
         out.append(dict(type='function', function=dict(name=f['name'], arguments=args or {}), **(dict(id=str(c['id'])) if c.get('id') else {})))
     return out
 
-# %% ../nbs/20a_messages.ipynb #d0fd3485
+# %% ../nbs/20a_messages.ipynb #b4c49480
 roles = dict(system='system', developer='system', user='user', human='user', prompter='user', customer='user', assistant='assistant', gpt='assistant', bot='assistant', model='assistant',
     chatgpt='assistant', bing='assistant', bard='assistant', tool='tool', observation='tool', function='tool', ipython='tool', tool_response='tool', function_call='assistant', tool_call='assistant')
 
@@ -135,7 +138,7 @@ def join_systems(
     text = '\n\n'.join(m['content'] for m in ms[:n] if m['content'].strip())
     return ([dict(role='system', content=text)] if text else [])+ms[n:]
 
-# %% ../nbs/20a_messages.ipynb #0eaecd82
+# %% ../nbs/20a_messages.ipynb #ccb63bb0
 _called = re.compile(r'<tool_call|<function|<\|python_tag\|>|\[TOOL_CALLS\]|"arguments"|Action:', re.I)
 
 def _check_tools(ms):

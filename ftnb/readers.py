@@ -64,15 +64,15 @@ def _lines(f):
     while b := f.readline(max_line+1):
         i, n = i+1, len(b)
         if i==1: b = b.removeprefix(_bom)
-        if n<=max_line: yield i, b, n; continue
-        while not b.endswith(b'\n') and (b := f.readline(1<<20)): n += len(b)
-        yield i, None, n
+        while n>max_line and not b.endswith(b'\n') and (more := f.readline(1<<20)): b, n = more, n+len(more)
+        yield i, b if n<=max_line else None, n
 
+# %% ../nbs/20_readers.ipynb #6324b898
 def _jsonl(p, name):
     with p.open('rb') as f:
         for i,b,n in _lines(f):
-            if b is None: yield Raw(name, i, fault=f'a line of {size(n)}; lines above {size(max_line)} are set aside'); continue
-            if not b.strip(): continue
+            if b is None: yield Raw(name, i, fault=f'a line of {size(n)}; lines above {size(max_line)} are set aside')
+            if not (b and b.strip()): continue
             try: row = _decode(b.decode('utf-8').rstrip('\r\n'))
             except UnicodeDecodeError as e: yield Raw(name, i, fault=f'not UTF-8 at byte {e.start} of the line')
             except json.JSONDecodeError as e: yield Raw(name, i, fault=f'not JSON: {e.msg} at column {e.colno}')
@@ -80,7 +80,7 @@ def _jsonl(p, name):
             except RecursionError: yield Raw(name, i, fault='not JSON: nested too deeply')
             else: yield Raw(name, i, row)
 
-# %% ../nbs/20_readers.ipynb #576df419
+# %% ../nbs/20_readers.ipynb #b7883395
 _inside = ('messages', 'conversations', 'conversation', 'tools', 'chosen', 'rejected', 'prompt', 'completion', 'preferred_output', 'non_preferred_output')
 
 def _broken(p, name, why):
@@ -106,7 +106,9 @@ def _json(p, name):
         first = next((c for b in iter(lambda: f.read(1<<16), b'') if (c := b.lstrip()[:1])), b'')
         if not first: return
         start()
-        if first==b'{' and _is_lines(f): yield from _jsonl(p, name); return  # JSON Lines under another ending
+        if first==b'{' and _is_lines(f): # JSON Lines under another ending
+            yield from _jsonl(p, name)
+            return
         try:
             start()
             at = 'item'
@@ -118,7 +120,7 @@ def _json(p, name):
             for i,row in enumerate(ijson.items(f, at, use_float=True, map_type=_Once), 1): yield Raw(name, i, row)
         except (ijson.JSONError, json.JSONDecodeError, UnicodeDecodeError) as e: raise _broken(p, name, str(e).splitlines()[0]) from None
 
-# %% ../nbs/20_readers.ipynb #ebf0206f
+# %% ../nbs/20_readers.ipynb #4f22a8a5
 def _csv(p, name):
     csv.field_size_limit(1<<30)
     with p.open(encoding='utf-8-sig', newline='') as f:
@@ -140,7 +142,7 @@ def _parquet(p, name):
                 i += 1
                 yield Raw(name, i, row)
 
-# %% ../nbs/20_readers.ipynb #83cbe32e
+# %% ../nbs/20_readers.ipynb #4d1b6946
 readers = {'.jsonl':_jsonl, '.ndjson':_jsonl, '.json':_json, '.csv':_csv, '.tsv':_csv, '.parquet':_parquet}
 
 def _not_utf8(p, name):

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .base import UserError, nearest
-from .markers import find_markers
+from .markers import find_markers, is_templated
 from .messages import RowFault, check_messages, join_systems, text_of, tools_of
 from .shapes import answer_words, low, makers, preference, prompt_words, readings, shape_of, wanted
 
@@ -84,19 +84,21 @@ class Shape:
 _why = dict(messages='it has a list of messages with role and content', sharegpt='it has a list of turns with from and value', alpaca='it has instruction and output',
     text='it has text only: every token is trained', preference='it has a chosen and a rejected answer', kto='each answer has a label, true or false')
 _beside = ('context', 'passage', 'document', 'background', 'input', 'history') # what a question may need
+_classes = ('label', 'labels', 'class', 'category', 'sentiment', 'summary', 'target') # what a text may have been collected for
 
-# %% ../nbs/21_records.ipynb #a52dbb51
+# %% ../nbs/21_records.ipynb #94015793
 def _judge(rows, name):
     "(confidence factor, reason, offer) of a reading"
     r, sure, offer = low(rows[0]), 1., ''
     ask, answer = ([w for w in words if r.get(w) is not None] for words in (prompt_words, answer_words))
     why = [_why.get(name) or f'{ask[0] if ask else "prompt"} reads like a question and {answer[0] if answer else "completion"} like its answer']
-    if name=='prompt_completion':
+    if name=='prompt_completion' and ask:
         if (ask[:1], answer[:1])!=(['prompt'], ['completion']): sure *= .95
+        if (n := sum(is_templated(low(o).get(ask[0])) for o in rows))*2>len(rows): sure, why = sure*.6, why+[f'{n} of {len(rows)} prompts end with a role marker, which would stand inside the model\'s own template']
         for words in (ask, answer):
             if len(words)>1: sure, why = sure*.7, why+[f'{" and ".join(words[1:])} could be meant as well']
-    used = {'alpaca': {'input', 'context', 'history'}, 'preference': {'input'}, 'kto': {'input', 'context', 'history'}}.get(name, set()) | ({*ask} if name=='prompt_completion' else set())
-    if name in ('alpaca', 'prompt_completion') and (left := [k for k in _beside if r.get(k) and k not in used]): sure, why = sure*.7, why+[f'{" and ".join(left)} is not used']
+    may = _classes if name=='text' else dict(alpaca=('passage', 'document', 'background'), prompt_completion=_beside).get(name, ())
+    if left := [k for k in may if r.get(k) not in (None, '') and k not in ask]: sure, why = sure*.7, why+[f'{" and ".join(left)} is not used']
     hides = dict(kto=set(makers), preference={'kto', 'prompt_completion', 'alpaca', 'messages', 'sharegpt'}).get(name, set())
     if other := [s for s in readings(rows[0]) if s!=name and s not in hides]: sure, why = sure*.8, why+[f'it could also be read as {" or ".join(other)}']
     if name=='text' and (found := find_markers(rows))[1]:
@@ -106,10 +108,7 @@ def _judge(rows, name):
         if share>=.5: offer = f'text with role markers: set mapping: {{messages: {col}}} to train on the answers'
     return sure, why, offer
 
-def _reads(row, name):
-    try: normalise(row, name)
-    except RowFault as e: return str(e)
-
+# %% ../nbs/21_records.ipynb #1328ef40
 def _mapping(method, cols, name=''):
     "The line to write so that the columns are read for a method"
     a, b, c = (cols+['question', 'answer', 'other'])[:3]
@@ -124,7 +123,11 @@ def _as_sft(rows, name):
     if 'instruction' in r: return f'mapping: {{instruction: {r["instruction"]}, {"input: "+r["input"]+", " if "input" in r else ""}output: {good}}}'
     return f'mapping: {{prompt: {ask}, completion: {good}}}'
 
-# %% ../nbs/21_records.ipynb #54fce690
+# %% ../nbs/21_records.ipynb #5a0126f0
+def _reads(row, name):
+    try: normalise(row, name)
+    except RowFault as e: return str(e)
+
 def recognise(
     rows:list, # The first raw rows of a file
     where:str, # The file, for messages

@@ -8,7 +8,7 @@ __all__ = ['prompt_words', 'answer_words', 'pairs', 'makers', 'label_of', 'low',
 
 # %% ../nbs/20c_shapes.ipynb #68a19134
 from .markers import split_markers
-from .messages import RowFault, as_turns, from_json, join_systems, roles, text_of, tools_of, turn
+from .messages import RowFault, as_turns, from_json, join_systems, text_of
 
 # %% ../nbs/20c_shapes.ipynb #1b49885e
 prompt_words = ('prompt', 'question', 'query', 'input', 'instruction', 'user', 'source', 'request')
@@ -28,6 +28,7 @@ def low(
     "The row with its column names in lower case"
     return {str(k).lower():v for k,v in row.items()}
 
+# %% ../nbs/20c_shapes.ipynb #c7f67121
 def readings(
     row:dict, # One row
 )->list: # Of messages, sharegpt, alpaca, prompt_completion, preference, kto, text
@@ -49,7 +50,7 @@ def shape_of(
     "The shape of a row by its keys; empty if none is known"
     return next(iter(readings(row) or readings({k: '' if v is None else v for k,v in row.items()})), '')
 
-# %% ../nbs/20c_shapes.ipynb #0783c54e
+# %% ../nbs/20c_shapes.ipynb #2911f7cf
 def side(
     v, # Text, a message, a list of messages or {messages: [...]}
     role:str, # Whose words a text is
@@ -72,11 +73,13 @@ def _turns(r, tools):
     "Messages of the columns messages or conversations, flat text with role markers included"
     k = next((k for k in ('messages', 'conversations', 'conversation') if r.get(k) is not None), 'messages')
     v = r.get(k)
-    if isinstance(v, str) and not v.lstrip().startswith(('[', '{')) or isinstance(v, str) and '[INST]' in v:
-        if not (ms := split_markers(v)): raise RowFault(f'{k} is text without regular role markers' if v.strip() else 'no messages')
-        return _head(r)+ms
-    return _head(r)+as_turns([] if v is None else v, k, tools)
+    text = v.lstrip() if isinstance(v, str) else '['
+    if not text.startswith(('[', '{')) or text.startswith('[INST]'):
+        if not (ms := split_markers(v)): raise RowFault(f'{k} is text without regular role markers' if text else 'no messages')
+    else: ms = as_turns([] if v is None else v, k, tools)
+    return ms if ms and ms[0]['role']=='system' else _head(r)+ms
 
+# %% ../nbs/20c_shapes.ipynb #600355af
 def _asked(r):
     "The turns before an answer in Alpaca's columns"
     out = _head(r)
@@ -100,7 +103,7 @@ def _dialogue(r, tools):
 
 makers = dict(messages=_dialogue, sharegpt=_dialogue, alpaca=_alpaca, prompt_completion=_prompt_completion)
 
-# %% ../nbs/20c_shapes.ipynb #e14b6eda
+# %% ../nbs/20c_shapes.ipynb #819dbe5b
 def _common(c, r):
     "The common prompt of two dialogues and what follows it in each"
     n = next((i for i,(a,b) in enumerate(zip(c, r)) if a!=b), min(len(c), len(r)))
@@ -133,7 +136,7 @@ def preference(
     if c==b: raise RowFault('chosen and rejected are the same')
     return p, c, b
 
-# %% ../nbs/20c_shapes.ipynb #4d3e8fc4
+# %% ../nbs/20c_shapes.ipynb #94636e48
 def wanted(
     r:dict, # A row, its columns in lower case
     tools:list=None, # As `tools_of` gives them
