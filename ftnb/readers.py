@@ -94,8 +94,8 @@ def _broken(p, name, why):
 
 def _is_lines(f):
     "Whether the first line with text is a whole JSON object and more follows"
-    full = (b for _,b,_ in _lines(f) if b is None or b.strip())
-    try: return isinstance(_decode((next(full) or b'').decode().strip()), dict) and next(full, b'') != b''
+    full = (b for b in iter(lambda: f.readline(1<<20), b'') if b.strip())
+    try: return isinstance(_decode(next(full).decode()), dict) and next(full, None) is not None
     except (ValueError, RecursionError): return False
 
 def _json(p, name):

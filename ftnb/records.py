@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .base import UserError, nearest
 from .markers import find_markers, is_templated
-from .messages import RowFault, check_messages, join_systems, text_of, tools_of
+from .messages import RowFault, check_messages, join_systems, roles, text_of, tools_of
 from .shapes import answer_words, low, makers, preference, prompt_words, readings, shape_of, wanted
 
 # %% ../nbs/21_records.ipynb #e9c8dd5e
@@ -108,8 +108,8 @@ def _judge(rows, name):
         if share>=.5: offer = f'text with role markers: set mapping: {{messages: {col}}} to train on the answers'
     return sure, why, offer
 
-# %% ../nbs/21_records.ipynb #1328ef40
-def _mapping(method, cols, name=''):
+# %% ../nbs/21_records.ipynb #b1afb181
+def _mapping(method, cols):
     "The line to write so that the columns are read for a method"
     a, b, c = (cols+['question', 'answer', 'other'])[:3]
     return f'mapping: {{prompt: {a}, chosen: {b}, rejected: {c}}}' if method in ('dpo', 'orpo') else f'mapping: {{prompt: {a}, completion: {b}, label: {c}}}' if method=='kto' else f'mapping: {{prompt: {a}, completion: {b}}}'
@@ -119,7 +119,8 @@ def _as_sft(rows, name):
     r = {k.lower():k for k in rows[0]}
     good, ask = r.get('chosen') or r.get('preferred_output'), next((r[k] for k in ('conversations', 'messages', *prompt_words) if rows[0].get(r.get(k)) is not None), None)
     if name=='kto': good = next((r[k] for k in answer_words if k in r), None)
-    if ask is None or good is None: return f'mapping: {{messages: {good or ask}}}'
+    whole = name=='preference' and isinstance(v := rows[0][good], list) and v and isinstance(v[0], dict) and roles.get(v[0].get('role', v[0].get('from')))!='assistant'
+    if whole or ask is None or good is None: return f'mapping: {{messages: {good or ask}}}'
     if 'instruction' in r: return f'mapping: {{instruction: {r["instruction"]}, {"input: "+r["input"]+", " if "input" in r else ""}output: {good}}}'
     return f'mapping: {{prompt: {ask}, completion: {good}}}'
 
@@ -151,5 +152,5 @@ def recognise(
     sure, why, offer = _judge(mine, name)
     faults = Counter(w for r in mine if (w := _reads(r, name)))
     if faults: why.append(f'{sum(faults.values())} of {len(mine)} rows looked at can not be used, most for: {faults.most_common(1)[0][0]}')
-    if n<len(rows): why.append(f'{len(rows)-n} of {len(rows)} are of another shape')
+    if n<len(rows): why.append(f'{len(rows)-n} of {len(rows)} rows are {" or ".join(s or "of unknown columns" for s in shapes if s!=name)}')
     return Shape(name, n/len(rows), cols, '; '.join(why), round(sure*n/len(rows)*(1-.5*sum(faults.values())/len(mine)), 3), offer)

@@ -108,7 +108,7 @@ def _common(c, r):
     "The common prompt of two dialogues and what follows it in each"
     n = next((i for i,(a,b) in enumerate(zip(c, r)) if a!=b), min(len(c), len(r)))
     while n and c[n-1]['role']=='assistant': n -= 1
-    if not n: raise RowFault('chosen and rejected have no prompt in common')
+    if not n or c[n-1]['role']=='system': raise RowFault('chosen and rejected have no prompt in common')
     return c[:n], c[n:], r[n:]
 
 def preference(
@@ -123,13 +123,13 @@ def preference(
         c, b = split_markers(c), split_markers(b)
         if not (c and b): raise RowFault('there is no prompt: chosen and rejected are texts without role markers')
     c, b = side(c, 'assistant', good, tools), side(b, 'assistant', bad, tools)
-    if ask is None: p, c, b = _common(_head(r)+c, _head(r)+b)
-    else:
-        p = _turns(rest, tools) if ask in ('messages', 'conversations', 'conversation') else _asked(rest) if rest.get('instruction') is not None else _head(rest)+side(rest[ask], 'user', ask, tools)
-        if c and b and c[0]['role']!='assistant' and b[0]['role']!='assistant':
-            whole, c, b = _common(c, b)
-            if p[-1]['content'].strip()!=whole[-1]['content'].strip(): raise RowFault(f'{ask} is not the prompt that {good} and {bad} begin with')
-            p = (p if len(p)>len(whole) else whole)
+    if c and b and c[0]['role']!='assistant' and b[0]['role']!='assistant':
+        p, c, b = _common(join_systems(_head(r)+c), join_systems(_head(r)+b))
+        if ask in prompt_words and isinstance(rest[ask], str) and not any(rest[ask].strip()==m['content'].strip() for m in p):
+            raise RowFault(f'{ask} is not the prompt that {good} and {bad} begin with')
+    elif ask is None: raise RowFault(f'there is no prompt: {good} and {bad} begin with an answer')
+    elif ask in ('messages', 'conversations', 'conversation'): p = _turns(rest, tools)
+    else: p = _asked(rest) if rest.get('instruction') is not None else _head(rest)+side(rest[ask], 'user', ask, tools)
     for name,o in ((good, c), (bad, b)):
         if not o: raise RowFault(f'{name} is empty')
         if o[0]['role']!='assistant': raise RowFault(f'{name} begins with the {o[0]["role"]}, not with an answer')
