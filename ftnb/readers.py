@@ -85,12 +85,14 @@ _inside = ('messages', 'conversations', 'conversation', 'tools', 'chosen', 'reje
 
 def _broken(p, name, why):
     "The sentence for a JSON document that can't be read, with line and column"
+    unplaced = UserError(f'{name}: not JSON: {why}; write one row a line (.jsonl), and only that row is set aside.')
+    if p.stat().st_size>1<<30: return unplaced # too large to be looked at whole
     b = p.read_bytes().removeprefix(_bom)
     try: _decode(b.decode())
     except UnicodeDecodeError as e: return UserError(f'{name}, line {b.count(10, 0, e.start)+1}: not UTF-8 at byte {e.start} of the file; save it as UTF-8.')
     except json.JSONDecodeError as e: return UserError(f'{name}, line {e.lineno}: not JSON: {e.msg} at column {e.colno}.')
     except (ValueError, RecursionError) as e: return UserError(f'{name}: not JSON: {str(e).split(";")[0]}; write one row a line (.jsonl), and only that row is set aside.')
-    return UserError(f'{name}: not JSON: {why}; write one row a line (.jsonl), and only that row is set aside.')
+    return unplaced
 
 def _is_lines(f):
     "Whether the first line with text is a whole JSON object and more follows"
@@ -136,7 +138,7 @@ def _csv(p, name):
 def _parquet(p, name):
     import pyarrow.parquet as pq
     i = 0
-    with pq.ParquetFile(p, pre_buffer=False) as f:
+    with pq.ParquetFile(p, buffer_size=1<<20, pre_buffer=False) as f:
         for batch in f.iter_batches(256):
             for row in batch.to_pylist():
                 i += 1

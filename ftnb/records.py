@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .base import UserError, nearest
 from .markers import find_markers, is_templated
 from .messages import RowFault, check_messages, join_systems, roles, text_of, tools_of
-from .shapes import answer_words, low, makers, preference, prompt_words, readings, shape_of, wanted
+from .shapes import answer_words, label_of, low, makers, preference, prompt_words, readings, shape_of, wanted
 
 # %% ../nbs/21_records.ipynb #e9c8dd5e
 mapped = ('prompt', 'completion', 'system', 'messages', 'conversations', 'instruction', 'input', 'output', 'text', 'history', 'tools', 'chosen', 'rejected', 'label')
@@ -29,7 +29,7 @@ def apply_mapping(
         if role not in mapped: raise UserError(f'mapping: {role!r} is no role; known are {", ".join(mapped)}.{nearest(role, mapped)}')
         if not isinstance(col, str): raise UserError(f'mapping: {role}: {col!r} is not the name of a column; write one name.')
         if col not in row: raise UserError(f'mapping: {where} has no column {col!r}; it has {", ".join(map(repr, row))}.{nearest(col, row)}')
-        out[role] = row[col]
+        out[role] = row[col] if role!='label' or label_of(row[col]) is None else label_of(row[col])
     return out
 
 # %% ../nbs/21_records.ipynb #5e7499ee
@@ -111,8 +111,14 @@ def _judge(rows, name):
 # %% ../nbs/21_records.ipynb #b1afb181
 def _mapping(method, cols):
     "The line to write so that the columns are read for a method"
-    a, b, c = (cols+['question', 'answer', 'other'])[:3]
-    return f'mapping: {{prompt: {a}, chosen: {b}, rejected: {c}}}' if method in ('dpo', 'orpo') else f'mapping: {{prompt: {a}, completion: {b}, label: {c}}}' if method=='kto' else f'mapping: {{prompt: {a}, completion: {b}}}'
+    left, third = list(cols), dict(dpo='rejected', orpo='rejected', kto='label').get(method)
+    second = 'chosen' if third=='rejected' else 'completion'
+    out = {}
+    for role,words,other in (('prompt', prompt_words, 'question'), (second, (second, *answer_words), 'answer'), (third, (third,), third)):
+        if role is None: continue
+        out[role] = next((c for c in left if c.lower() in words), left[0] if left else other)
+        if out[role] in left: left.remove(out[role])
+    return 'mapping: {'+', '.join(f'{k}: {v}' for k,v in out.items())+'}'
 
 def _as_sft(rows, name):
     "The line to write so that SFT trains on the answers of a preference or KTO file"

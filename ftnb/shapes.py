@@ -40,7 +40,8 @@ def readings(
     if isinstance(turns, (list, str)): out.append('messages' if isinstance(turns, list) and turns and isinstance(turns[0], dict) and 'role' in turns[0] else 'sharegpt')
     if 'instruction' in have and have & {'output', 'response', 'answer', 'completion'}: out.append('alpaca')
     elif have & set(prompt_words) and have & set(answer_words): out.append('prompt_completion')
-    if out and out!=['preference'] and ('kto_tag' in have or label_of(r.get('label')) is not None): out.insert('preference' in out, 'kto')
+    judged = 'kto_tag' in have or isinstance(r.get('label'), bool) or str(r.get('label')).lower() in ('true', 'false')
+    if judged and out and out!=['preference']: out.insert('preference' in out, 'kto')
     if 'text' in have: out.append('text')
     return list(dict.fromkeys(out))
 

@@ -1,5 +1,5 @@
 "Every usual file is recognised, brought to one form, and read without filling memory; what is wrong is one sentence with its line"
-import json, re, time, tracemalloc
+import json, random, re, time, tracemalloc
 import pytest
 
 from conftest import write_rows
@@ -221,6 +221,13 @@ def test_a_row_that_can_not_be_used_says_why(row, why): assert why in fault(row)
 def test_a_kto_label_that_is_neither_true_nor_false_is_a_fault():
     with pytest.raises(RowFault, match="label is 'good', not true or false"): normalise(dict(prompt='a', completion='b', label='good'), 'kto')
 
+def test_numbers_as_labels_are_classes_until_a_mapping_says_that_they_judge():
+    rows = [dict(prompt=f'{i}?', completion='b', label=i%3) for i in range(9)]
+    assert recognise(rows, 'a.jsonl').share==1 and {shape_of(r) for r in rows}=={'prompt_completion'}
+    refused(lambda: recognise([dict(id=1, label=0, prompt='a', completion='b')], 'a.jsonl', 'kto'), 'mapping: {prompt: prompt, completion: completion, label: label}')
+    row = apply_mapping(dict(label='0', prompt='a', completion='b'), dict(prompt='prompt', completion='completion', label='label'))
+    assert form(row, 'kto')['label'] is False
+
 def test_two_system_messages_at_the_start_become_one(): assert form(tell(S, dict(role='developer', content='Be brief.'), Q, A))==tell(dict(S, content='Be kind.\n\nBe brief.'), Q, A)
 def test_a_conversation_may_end_with_a_call(): assert form(tell(Q, call({})))==tell(Q, call({}))
 def test_calls_written_as_text_may_have_results(): assert form(tell(Q, dict(A, content='<tool_call>{"name": "look"}</tool_call>'), RESULT, A))['messages'][2]==RESULT
@@ -306,6 +313,15 @@ def test_memory_stays_flat_as_rows_grow(tmp_path):
             peaks[name, n] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
     for (name,n),peak in peaks.items(): assert peak<1.3*peaks[name, 1000]+300_000 and peak<4e6, peaks
+
+def test_a_parquet_file_of_one_row_group_is_not_held_in_memory(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    n = 20_000
+    pq.write_table(pa.table(dict(prompt=[f'{i}?' for i in range(n)], completion=[random.Random(i).randbytes(700).hex() for i in range(n)])), tmp_path/'a.parquet', compression=None, use_dictionary=False)
+    before, held = pa.total_allocated_bytes(), 0
+    for i,_ in enumerate(read_rows(Source(str(tmp_path/'a.parquet')))):
+        if not i%500: held = max(held, pa.total_allocated_bytes()-before)
+    assert (tmp_path/'a.parquet').stat().st_size>25e6 and held<8e6, held
 
 def test_limits_and_weights_stay_with_their_source(tmp_path):
     a, b = (write_rows(tmp_path/f'{n}.jsonl', [dict(text=f'{n}{i}') for i in range(9)]) for n in 'ab')
