@@ -32,7 +32,7 @@ def apply_mapping(
         out[role] = row[col] if role!='label' or label_of(row[col]) is None else label_of(row[col])
     return out
 
-# %% ../nbs/21_records.ipynb #5e7499ee
+# %% ../nbs/21_records.ipynb #fc3e5207
 def _checked(prompt, answer, what=''):
     "Both sides of a checked conversation, or the fault with the name of the side"
     ms = join_systems(prompt+answer)
@@ -41,6 +41,7 @@ def _checked(prompt, answer, what=''):
     if what and ms[len(ms)-len(answer)-1]['role']=='assistant': raise RowFault('the prompt ends with an answer')
     return ms[:len(ms)-len(answer)], ms[len(ms)-len(answer):]
 
+# %% ../nbs/21_records.ipynb #5e7499ee
 def normalise(
     row:dict, # A raw row
     shape:str, # As `shape_of` gives it
@@ -86,7 +87,7 @@ _why = dict(messages='it has a list of messages with role and content', sharegpt
 _beside = ('context', 'passage', 'document', 'background', 'input', 'history') # what a question may need
 _classes = ('label', 'labels', 'class', 'category', 'sentiment', 'summary', 'target') # what a text may have been collected for
 
-# %% ../nbs/21_records.ipynb #94015793
+# %% ../nbs/21_records.ipynb #f9bc17d9
 def _judge(rows, name):
     "(confidence factor, reason, offer) of a reading"
     r, sure, offer = low(rows[0]), 1., ''
@@ -108,7 +109,7 @@ def _judge(rows, name):
         if share>=.5: offer = f'text with role markers: set mapping: {{messages: {col}}} to train on the answers'
     return sure, why, offer
 
-# %% ../nbs/21_records.ipynb #b1afb181
+# %% ../nbs/21_records.ipynb #6cedfffd
 def _mapping(method, cols):
     "The line to write so that the columns are read for a method"
     left, third = list(cols), dict(dpo='rejected', orpo='rejected', kto='label').get(method)
@@ -130,7 +131,7 @@ def _as_sft(rows, name):
     if 'instruction' in r: return f'mapping: {{instruction: {r["instruction"]}, {"input: "+r["input"]+", " if "input" in r else ""}output: {good}}}'
     return f'mapping: {{prompt: {ask}, completion: {good}}}'
 
-# %% ../nbs/21_records.ipynb #5a0126f0
+# %% ../nbs/21_records.ipynb #75af69e1
 def _reads(row, name):
     try: normalise(row, name)
     except RowFault as e: return str(e)

@@ -69,6 +69,7 @@ def _head(r):
     sys = r.get('system') or r.get('system_prompt')
     return [dict(role='system', content=text_of(sys, 'system'))] if sys else []
 
+# %% ../nbs/20c_shapes.ipynb #866d05ac
 def _first(r, words): return next((k for k in words if r.get(k) is not None), next((k for k in words if k in r), None))
 def _turns(r, tools):
     "Messages of the columns messages or conversations, flat text with role markers included"
@@ -80,7 +81,7 @@ def _turns(r, tools):
     else: ms = as_turns([] if v is None else v, k, tools)
     return ms if ms and ms[0]['role']=='system' else _head(r)+ms
 
-# %% ../nbs/20c_shapes.ipynb #600355af
+# %% ../nbs/20c_shapes.ipynb #4c641a43
 def _asked(r):
     "The turns before an answer in Alpaca's columns"
     out = _head(r)
@@ -104,7 +105,7 @@ def _dialogue(r, tools):
 
 makers = dict(messages=_dialogue, sharegpt=_dialogue, alpaca=_alpaca, prompt_completion=_prompt_completion)
 
-# %% ../nbs/20c_shapes.ipynb #819dbe5b
+# %% ../nbs/20c_shapes.ipynb #4085e675
 def _common(c, r):
     "The common prompt of two dialogues and what follows it in each"
     n = next((i for i,(a,b) in enumerate(zip(c, r)) if a!=b), min(len(c), len(r)))
@@ -137,7 +138,7 @@ def preference(
     if c==b: raise RowFault('chosen and rejected are the same')
     return p, c, b
 
-# %% ../nbs/20c_shapes.ipynb #94636e48
+# %% ../nbs/20c_shapes.ipynb #4b52b7bb
 def wanted(
     r:dict, # A row, its columns in lower case
     tools:list=None, # As `tools_of` gives them
