@@ -152,7 +152,7 @@ def recognise(
     mine = [r for r in rows if shape_of(r)==name]
     if name not in fits:
         if method!='sft': raise UserError(f'{where}: holds {name}, and method: {method} trains on '+('labelled answers (prompt, completion, label)' if method=='kto' else 'preference pairs (prompt, chosen, rejected)')
-            + f'; set method: {dict(preference="dpo", kto="kto").get(name, "sft")}, or say which column is which with {_mapping(method, cols)}.')
+            + f'; set method: {dict(preference="dpo", kto="kto").get(name, "sft")}'+(f', or say which column is which with {_mapping(method, cols)}.' if len(cols)>2 else '.'))
         what = 'preference pairs (chosen and rejected)' if name=='preference' else 'answers with a label, wanted or not (KTO)'
         raise UserError(f'{where}: holds {what}, which method: sft does not train on; set method: {"dpo" if name=="preference" else "kto"}, '
             f'or {"for the chosen answers only" if name=="preference" else "for all answers, wanted or not,"} set {_as_sft(mine, name)}.')
