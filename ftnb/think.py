@@ -11,7 +11,7 @@ import re
 # %% ../nbs/23b_think.ipynb #e48aebfa
 thought_fields = ('reasoning_content', 'thinking', 'reasoning')
 _thought = re.compile(r'(?:<think>)?((?:(?!<think>).)*?)</think>\s*', re.S)
-_empty = re.compile(r'\s*<think>\s*</think>\s*')
+_empty = re.compile(r'\s*(?:<think>)?\s*</think>\s*') # the prompt may hold the opening tag
 
 def has_thought(
     message:dict, # A message in normal form
