@@ -91,7 +91,7 @@ def _begin(tokenizer, messages, tools, text, spans):
             if prompt and (n := f.meet(prompt, text)) is not None and n>=last: start = min(n, s)
         if start is None and f.header and (r := text.rfind(f.header, last, s))>=0: start = r+len(f.header)
         if start is None or not (f.asked or messages[i].get('tool_calls')) and any(t in text[start:s] for t in f.special if 'think' not in t): start = s
-        if f.header and text.startswith(f.header, start): start = min(start+len(f.header), s)
+        if f.end.match(f.header) and (r := text.rfind(f.header, start, s))>=0: start = r+len(f.header)
         out.append(start)
         last = e
     return out
@@ -174,8 +174,9 @@ def encode(
         ids = tokenizer(render(tokenizer, messages, tools=tools), add_special_tokens=False)['input_ids']
         return Encoded(ids, list(ids))
     text, spans, ends = assistant_spans(tokenizer, messages, tools)
-    ids, offsets = _tokens(tokenizer, text, [s for s,_ in spans])
+    cuts = {s for s,_ in spans}
     if think=='ignore_empty': spans = [(after_empty(text, s), e) for s,e in spans]
+    ids, offsets = _tokens(tokenizer, text, sorted(cuts.union(s for s,_ in spans))) # a server may put the empty thought into the prompt, or not
     labels, k = [-100]*len(ids), 0
     for s,e in spans:
         while k<len(ids) and offsets[k][1]<=s: k += 1

@@ -94,6 +94,8 @@ def set_template(
     "`tokenizer` with a chat template that was tried out and names a fixed day; a `UserError` if it has none and none is named"
     t = tokenizer
     if chat_template_path: t.chat_template = _read(chat_template_path)
+    if chat_template_path in builtin_templates and 'bos_token' not in t.chat_template and t.bos_token_id is not None and t('a')['input_ids'][:1]==[t.bos_token_id]:
+        t.chat_template = '{{- bos_token }}'+t.chat_template
     if not t.chat_template:
         has = set(t.get_vocab())
         fit = 'chatml' if '<|im_end|>' in has else 'llama3' if '<|eot_id|>' in has else 'mistral' if '[INST]' in has else 'generic'

@@ -64,7 +64,7 @@ def _tail(f, last, header):
     return tuple(m[1] for m in ms), last[e:ms[-1].end()] if ms else ''
 
 _known = WeakKeyDictionary()
-_turns = [dict(role='user', content='a'), dict(role='assistant', content=open_mark+'b'+close_mark)]
+_turns = [dict(role='user', content='ftnb'), dict(role='assistant', content=open_mark+'b'+close_mark)]
 
 def facts(
     tokenizer, # A Hugging Face tokenizer with a template
@@ -80,7 +80,7 @@ def facts(
         n = _same(plain, prompt)
         f.asked = prompt[n:]
         f.header = f.asked[:_same(f.asked, past[n:past.find(open_mark)])]
-        if close_mark in last: f.tail, f.closed = _tail(f, last, '' if f.asked else past[n-1:past.find(open_mark)])
+        if close_mark in last: f.tail, f.closed = _tail(f, last, '' if f.asked else past[past.find('ftnb'):past.find(open_mark)])
     except UserError: pass
     _known[tokenizer] = key, f
     return f
