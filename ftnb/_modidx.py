@@ -473,6 +473,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftnb.turns.Facts.unclosed': ('turns.html#facts.unclosed', 'ftnb/turns.py'),
                             'ftnb.turns._same': ('turns.html#_same', 'ftnb/turns.py'),
                             'ftnb.turns._tail': ('turns.html#_tail', 'ftnb/turns.py'),
+                            'ftnb.turns._whole': ('turns.html#_whole', 'ftnb/turns.py'),
                             'ftnb.turns.end_of_turn': ('turns.html#end_of_turn', 'ftnb/turns.py'),
                             'ftnb.turns.facts': ('turns.html#facts', 'ftnb/turns.py'),
                             'ftnb.turns.stops': ('turns.html#stops', 'ftnb/turns.py')},

@@ -72,6 +72,7 @@ def _grown(tokenizer, messages, tools, text):
         before, after = render(tokenizer, messages[:i], prompt=True, tools=tools), render(tokenizer, messages[:i+1], tools=tools).rstrip()
         n = f.meet(before, after)
         if n is None or not text.startswith(after): return None
+        if f.end.match(f.header) and after.startswith(f.header, n): n += len(f.header)
         end = max(n, len(f.unclosed(after)))
         names = [(c.get('function') or c)['name'] for c in messages[i].get('tool_calls') or []]
         if not all(o in after[n:end] for o in names) or not after[n:end].strip():

@@ -21,6 +21,8 @@ def _same(a, b):
     if b.startswith(a): return len(a)
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
 
+def _whole(text): return re.sub(r'<[^<>\s]*$', '', text) # without a tag that is cut
+
 @dataclass
 class Facts:
     "What is known of a tokenizer and its template"
@@ -38,8 +40,7 @@ class Facts:
         if text.startswith(prompt): return len(prompt)
         n = _same(prompt, text)
         if len(prompt)-n>len(self.asked): return None
-        m = re.search(r'<[^<>\s]*$', text[max(0, n-40):n]) # left within a tag
-        return n-len(m[0]) if m else n
+        return n-40+len(_whole(text[n-40:n])) if n>=40 else len(_whole(text[:n]))
 
     def unclosed(self, text):
         "`text` without the special token that closes it"
@@ -79,7 +80,7 @@ def facts(
         past, last = render(tokenizer, _turns*2), render(tokenizer, _turns)
         n = _same(plain, prompt)
         f.asked = prompt[n:]
-        f.header = f.asked[:_same(f.asked, past[n:past.find(open_mark)])]
+        f.header = _whole(f.asked[:_same(f.asked, past[n:past.find(open_mark)])])
         if close_mark in last: f.tail, f.closed = _tail(f, last, '' if f.asked else past[past.find('ftnb'):past.find(open_mark)])
     except UserError: pass
     _known[tokenizer] = key, f

@@ -59,15 +59,16 @@ def fault(tok, rec):
         if body not in s: return f'{body!r} is not trained, but {s!r}'
         if m['content'] and body in rest: return f'{body!r} stands outside the trained tokens'
         after = s[s.rfind(body)+len(body):]
-        if m['content'] and facts(tok).end.sub('', after).strip() and not facts(tok).closed.endswith(after): return f'{after!r} is trained after the answer'
+        if m['content'] and after.strip() and after.strip()!=facts(tok).closed.strip() and not facts(tok).end.fullmatch(after.rstrip()): return f'{after!r} is trained after the answer'
     for m in rec['messages']:
         if m['role'] not in ('assistant', 'system') and any(m['content'] in s for s in said): return f'{m["content"]!r} is trained'
-    head = '' if '{% generation' in tok.chat_template or '{%- generation' in tok.chat_template else facts(tok).header # the model's authors have said themselves what is trained
+    tagged = re.search(r'\{%-?\s*generation', tok.chat_template)
+    head = '' if tagged else facts(tok).header # the model's authors have said themselves what is trained
     for m,s in zip(answers, said):
         before = s[:s.find(m['content'].split('</think>')[-1].strip() or 'look_up')]
         if len(head.strip())>2 and any(before.startswith(head[-k:]) for k in range(3, len(head)+1) if head[-k:].strip()) or head.strip() and head in before: return f'{before!r} of the header is trained'
-    ids = prompt_of(tok, rec)[0]
-    if head and enc.input_ids[:len(ids)]==ids and (enc.labels[len(ids)]==-100 or enc.labels[len(ids)-1]!=-100): return 'the last answer is not trained from its prompt on'
+    prompt, k = tok.decode(prompt_of(tok, rec)[0]), max(i for i,l in enumerate(enc.labels) if l!=-100)+1-len(runs(enc.labels)[-1])
+    if not tagged and tok.decode(enc.input_ids).startswith(prompt) and len(tok.decode(enc.input_ids[:k]))<len(prompt): return 'a part of the last prompt is trained'
     return '' if enc.ends else 'no end of turn is written after the last answer'
 
 UNHANDLED = { # plain conversations; what a template refuses by itself (roles, calls of tools) is printed with its own words
@@ -97,7 +98,7 @@ def test_what_a_template_can_not_carry_is_refused_never_mislabelled(outcomes, ta
     mine = {n: outcomes[n, talk] for n in REAL if n not in UNHANDLED}
     print(f'\n{talk}: {sum(not o for o in mine.values())} of {len(mine)} right, refused:', *(f'  {n}: {o}' for n,o in mine.items() if o), sep='\n')
     assert not {n: o for n,o in mine.items() if o and not o.startswith('refused')}
-    assert sum(not o for o in mine.values())>={'system': 96, 'think': 96, 'tool': 70}[talk]
+    assert sum(not o for o in mine.values())>={'system': 98, 'think': 100, 'tool': 75}[talk]
 
 def hf_mask(tok, rec):
     h = tok.apply_chat_template(as_read(tok, rec['messages']), tools=rec.get('tools'), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -116,7 +117,7 @@ def test_a_template_with_generation_tags_trains_what_hugging_face_masks(tokenize
 
 HEADS = {'deepseek_r1_distill': '<｜Assistant｜>', 'deepseekv3': '<｜Assistant｜> <｜tool▁outputs▁end｜>', 'gptoss': '<|start|>assistant', 'muse_glimmer': '<|start|>assistant',
     **{f'nemotron_3_{n}': '<think>' for n in ('nano', 'super', 'ultra', '5_lightning')}} # in the prompt of serving, and trained by TRL
-OTHER = ('glm4moe', 'llama3', 'qwen3', 'qwen3_5_nothink', 'qwen3_5_think', 'qwen3_6', 'qwen3_8', 'deepseek_r1_distill') # TRL's training version writes another text
+OTHER = ('glm4moe', 'qwen3', 'qwen3_5_nothink', 'qwen3_5_think', 'qwen3_6', 'qwen3_8', 'deepseek_r1_distill') # TRL's training version writes another text
 def test_without_generation_tags_the_mask_is_that_of_trls_training_template(tokenizer):
     same = spaces = heads = 0
     others = set()
@@ -136,14 +137,14 @@ def test_without_generation_tags_the_mask_is_that_of_trls_training_template(toke
             assert not left.strip(), (name, talk, theirs)
             same, spaces, heads = same+(not theirs), spaces+bool(theirs and not theirs.strip()), heads+bool(theirs.strip())
     print(f'\n{len(PAIRS)} pairs: {same} conversations equal, {spaces} but for white space after the end of turn (or before the answer), {heads} but for a header that TRL trains and serving gives; another text: {sorted(others)}')
-    assert others==set(OTHER) and same+spaces+heads>=85
+    assert others==set(OTHER) and same+spaces+heads>=110
 
 @pytest.mark.parametrize('name', ['qwen3', 'gptoss', 'llama3_1', 'phi3', 'cohere2', 'mistralai-Mistral-Nemo-Instruct-2407', 'GigaChat3.1-10B-A1.8B'])
 def test_a_planted_fault_in_a_mask_is_seen(tokenizer, name, monkeypatch):
     import ftnb.chat as c
     tok, true = fit(tokenizer, REAL[name]), assistant_spans
     assert not fault(tok, TALKS['multi'])
-    for move in ((-9, 0), (4, 0), (0, 2), (0, -4)):
+    for move in ((-9, 0), (16, 0), (0, 3), (0, -4)):
         monkeypatch.setattr(c, 'assistant_spans', lambda *a: ((r := true(*a))[0], [(s+move[0], e+move[1]) for s,e in r[1]], [t if move[1]>=0 else '' for t in r[2]]))
         assert fault(tok, TALKS['multi']), move
 
