@@ -9,9 +9,9 @@ __all__ = ['reserved_pads', 'set_pad', 'load_tokenizer']
 import os
 
 from .base import UserError, nearest
-from .chat import set_template
 from .fields import Recipe
 from .models import hub_error, model_path
+from .template import set_template
 
 # %% ../nbs/25_tokenizer.ipynb #90334907
 reserved_pads = ('<|finetune_right_pad_id|>', '<|vision_pad|>', '<pad>', '[PAD]', '<|pad|>', '<unk>', '<|endoftext|>', '<|reserved_special_token_0|>', '<|extra_0|>')
@@ -35,7 +35,7 @@ def set_pad(
 
 # %% ../nbs/25_tokenizer.ipynb #c550d479
 def load_tokenizer(
-    r:Recipe, # Its model_name_or_path, model_revision, chat_template_path, pad_token
+    r:Recipe, # Its model_name_or_path, model_revision, chat_template_path, template_date, pad_token
     folder=None, # Load from this folder instead, such as a run's adapter
 ):
     "The tokenizer of a recipe's model, fast, with template and pad token; a `UserError` if it can't be had"
@@ -47,6 +47,6 @@ def load_tokenizer(
     try: tok = AutoTokenizer.from_pretrained(path, revision=None if os.path.isdir(path) else r.model_revision, trust_remote_code=r.trust_remote_code)
     except Exception as e: raise hub_error(e, r.model_name_or_path) or UserError(f'The tokenizer of {r.model_name_or_path} could not be loaded: {str(e).splitlines()[0]}') from None
     if not tok.is_fast: raise UserError(f'{r.model_name_or_path} has only a slow tokenizer, which can not say where tokens stand in the text; convert it to a tokenizer.json first.')
-    if folder is None: set_template(tok, r.chat_template_path)
+    if folder is None: set_template(tok, r.chat_template_path, r.template_date)
     tok.padding_side = 'right'
     return set_pad(tok, r.pad_token)
