@@ -60,22 +60,24 @@ def known_set(qs, n, seed=0):
     for p,(_,i,_k) in enumerate(rows): at.setdefault(i, []).append(p)
     return [t for t,_,_ in rows], {tuple(at[i]): next(k for p in at[i] if (k := rows[p][2])) for i in at if len(at[i])==2}
 
-def quality(qs, n, threshold=.7, seed=0):
+def quality(qs, n, threshold=.6, seed=0):
     "Precision and recall of `near_pairs` on known edits, and against all pairs compared one with another"
     texts, known = known_set(qs, n, seed)
     found = {(a,b): s for a,b,s in near_pairs(texts, threshold, seed)}
     group = {i:n for n,g in enumerate(join_pairs(found)) for i in g}
     hit = lambda p: p[0] in group and group[p[0]]==group.get(p[1])
     fit = NearDuplicates(threshold, seed).fit(head_sample(texts, seed=seed)[0])
-    sets, sames = zip(*((set(shingles(ws := terms(t)))-fit.boilerplate, ' '.join(ws)) for t in texts))
+    sets, sames = zip(*((set(shingles(ws := terms(t))), ' '.join(ws)) for t in texts))
+    near = lambda a,b: min(jaccard(a, b), jaccard(a, b, fit.boilerplate))>=threshold
+    enough = [len(s-fit.boilerplate)>=fit.fewest for s in sets]
     holders = {}
     for i,s in enumerate(sets):
-        for h in s: holders.setdefault(h, []).append(i)
+        for h in s-fit.boilerplate: holders.setdefault(h, []).append(i)
     true, first = set(), {}
     for i,w in enumerate(sames):
         if (j := first.setdefault(w, i))!=i: true.add((j, i))
     for i,s in enumerate(sets):
-        if len(s)>=fit.fewest: true |= {(j,i) for j in {j for h in s for j in holders[h] if j<i} if len(sets[j])>=fit.fewest and jaccard(sets[j], s)>=threshold}
+        if enough[i]: true |= {(j,i) for j in {j for h in s-fit.boilerplate for j in holders[h] if j<i} if enough[j] and near(sets[j], s)}
     kinds = {}
     for p,k in known.items():
         d = kinds.setdefault(k, dict(known=0, over_threshold=0, found=0))
@@ -125,14 +127,15 @@ def main():
     p.add_argument('--out', default='bench/results/near.json'); p.add_argument('--one', type=int, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one: return print(json.dumps(one(a.one, a.data)))
-    known = {Path(f).stem: quality(qs, len(qs)) for f in a.data if (qs := questions([f])[:5000])}
-    for k,v in known.items(): print(k, json.dumps(v), flush=True)
+    known = {Path(f).stem: [quality(qs, len(qs), t) for t in (.5, .6, .7)] for f in a.data if (qs := questions([f])[:5000])}
+    for k,vs in known.items():
+        for v in vs: print(k, json.dumps({k:o for k,o in v.items() if k!='kinds'}), flush=True)
     sizes = []
     for n in a.rows:
         got = subprocess.run([sys.executable, __file__, '--one', str(n), '--data', *a.data], capture_output=True, text=True, check=True)
         sizes.append(json.loads(got.stdout)); print(sizes[-1], flush=True)
     res = dict(known=known, sizes=sizes, data=[Path(f).name for f in a.data], versions={k:v for k,v in versions().items() if k in ('python', 'ftnb', 'rensa')},
-        hardware={k:v for k,v in hardware().items() if k in ('cpu', 'cores')}, command='python bench/near.py --rows '+' '.join(map(str, a.rows)))
+        hardware={k:v for k,v in hardware().items() if k in ('cpu', 'cores')}, command='python bench/near.py --rows '+' '.join(map(str, a.rows))+' --data '+' '.join(Path(f).name for f in a.data))
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     Path(a.out).write_text(json.dumps(res, indent=1)+'\n')
 

@@ -35,11 +35,12 @@ longest = 1000
 def jaccard(
     a:set, # Shingle hashes of one text
     b:set, # Of the other
+    skip:set=frozenset(), # Hashes that don't count
 )->float: # 0 to 1; exact unless one text has more than `longest` shingles
     "Share of the shingles of two texts that both have"
-    if max(len(a), len(b))<longest: return len(a&b)/len(a|b) if a or b else 0.
-    u = heapq.nsmallest(longest, a|b)
-    return sum(h in a and h in b for h in u)/len(u)
+    every, both = a|b, a&b
+    if max(len(a), len(b))>=longest: every = set(heapq.nsmallest(longest, every)); both &= every
+    return len(both-skip)/(len(every-skip) or 1)
 
 # %% ../nbs/22c_near.ipynb #e2824b59
 def bands(
@@ -53,10 +54,10 @@ def bands(
 class NearDuplicates:
     "Finds the texts that are almost the same as one that was added before"
     def __init__(self,
-        threshold:float=.7, # Jaccard similarity of 3-word shingles from which two texts are near
+        threshold:float=.6, # Jaccard similarity of 3-word shingles from which two texts are near
         seed:int=0, # Of the hash functions
         common:float=.01, # Share of sampled rows above which a shingle is boilerplate; 1 keeps all
-        fewest:int=5, # With fewer shingles left only the same words are a duplicate
+        fewest:int=8, # With fewer shingles left only the same words are a duplicate
         crowd:int=8, # Near rows from which a new one is not indexed itself
         look:int=500, # Candidates verified for one text
     ):
@@ -79,20 +80,22 @@ class NearDuplicates:
         return self
 
     def _sketch(self, text):
-        "The key of the words, the shingle hashes that count, and their MinHash (None when they are too few)"
+        "The key of the words, the shingle hashes, and the MinHash of those that are no boilerplate (None when they are too few)"
         from rensa import RMinHash
         ws = terms(text)
-        key, sh = int(digest(' '.join(ws) or text.strip()), 16), {h:b for h,b in shingles(ws).items() if h not in self.boilerplate}
-        if len(sh)<self.fewest: return key, set(), None
+        key, sh = int(digest(' '.join(ws) or text.strip()), 16), shingles(ws)
+        own = [b for h,b in sh.items() if h not in self.boilerplate]
+        if len(own)<self.fewest: return key, set(), None
         m = RMinHash(num_perm=self._perm, seed=self.seed)
-        m.update(list(sh.values()))
+        m.update(own)
         return key, set(sh) if len(sh)<longest else set(heapq.nsmallest(longest, sh)), m
 
     def _find(self, key, mine, m):
         same = self._keys.get(key)
         out = [] if same is None else [(same, 1.)]
         for j in sorted(self._lsh.query(m))[:self.look] if m else ():
-            s = jaccard(mine, set(self._hashes[self._starts[j]:self._starts[j+1]]))
+            other = set(self._hashes[self._starts[j]:self._starts[j+1]])
+            s = min(jaccard(mine, other), jaccard(mine, other, self.boilerplate))
             if s>=self.threshold and (i := self._ids[j])!=same: out.append((i, s))
         return sorted(out, key=lambda o: -o[1])
 
@@ -130,7 +133,7 @@ def head_sample(
 
 def near_pairs(
     texts, # List or stream
-    threshold:float=.7,
+    threshold:float=.6,
     seed:int=0,
     **kw, # More for `NearDuplicates`
 ): # Generator of (earlier, later, similarity), as positions
@@ -156,7 +159,7 @@ def join_pairs(
     for i in sorted(up): out.setdefault(top(i), []).append(i)
     return list(out.values())
 
-def near_groups(texts, threshold:float=.7, seed:int=0, **kw)->list:
+def near_groups(texts, threshold:float=.6, seed:int=0, **kw)->list:
     "Positions of the texts that are near to each other, group by group"
     return join_pairs(near_pairs(texts, threshold, seed, **kw))
 
@@ -164,7 +167,7 @@ def near_groups(texts, threshold:float=.7, seed:int=0, **kw)->list:
 def find_leaks(
     rows, # (id, text) that must not be known
     known, # (id, text) that are known, or a filled `NearDuplicates`
-    threshold:float=.7, # Not used with a filled index
+    threshold:float=.6, # Not used with a filled index
     seed:int=0,
 ): # Generator of (id, known id, similarity): the nearest one for each row that has one
     "Rows that are exactly or nearly the same as a known one"
