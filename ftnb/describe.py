@@ -6,14 +6,13 @@
 __all__ = ['distinct', 'clusters', 'opening', 'Describe', 'notes', 'QualityReport']
 
 # %% ../nbs/22f_describe.ipynb #07d399ee
-from collections import Counter
 from array import array
+from collections import Counter
 
 from .base import Table
 from .language import language_shares
 from .measures import Balance, Capped, Conflicts, Forms, NearRows, Sample, answer_form, length_report, sides
 from .near import near_groups, terms
-from .quality import question
 
 # %% ../nbs/22f_describe.ipynb #81b2ac23
 def distinct(
