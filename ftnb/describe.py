@@ -121,10 +121,10 @@ def _bars(pairs, width=24):
     return [(k, t, '█'*max(round(width*v/top), v>0)) for k,v,t in pairs]
 
 def _ranges(h):
-    "The names of a histogram's bars, the last one open, without the empty end"
+    "The names of a histogram's bars, the last one open, without the empty ends"
     cs, s = h['counts'], h['step']
-    last = max((i for i,c in enumerate(cs) if c), default=-1)
-    return [((f'{i*s:,} to {(i+1)*s-1:,}' if s>1 else str(i)) if i<len(cs)-1 else f'from {i*s:,}', c) for i,c in enumerate(cs[:last+1])]
+    full = [i for i,c in enumerate(cs) if c] or [0]
+    return [((f'{i*s:,} to {(i+1)*s-1:,}' if s>1 else str(i)) if i<len(cs)-1 else f'from {i*s:,}', cs[i]) for i in range(full[0], full[-1]+1)]
 
 class QualityReport:
     "The numbers of `Describe.report` in `data`, as tables and bars"
@@ -146,14 +146,14 @@ class QualityReport:
             out.append(Table([{**{f'{p} %' if str(p)!='100' else 'longest': f'{v:,}' for p,v in r[k]['percentiles'].items()}, 'mean': f'{r[k]["mean"]:,}'}], title=f'{name}: percentiles'))
             out.append(Table(_bars((n, c, f'{c:,}') for n,c in _ranges(r[k]['histogram'])), cols=['tokens', 'rows', ''], title=name))
             if k=='tokens': out.append(Table(_bars((f'{int(n):,}', s, f'{100*s:.2f} %') for n,s in r[k]['kept'].items()), cols=['max_length', 'rows kept whole', ''], title='Kept at each max_length'))
-        out.append(Table(_bars((l, s, pct(s)) for l,s in r['language']['shares'].items()), cols=['language', 'texts', ''], title=f'Language ({r["language"]["looked"]:,} questions and answers looked at)'))
+        out.append(Table(_bars((l, s, pct(s)) for l,s in r['language']['shares'].items()), cols=['language', 'rows', ''], title=f'Language ({r["language"]["looked"]:,} rows looked at)'))
         out.append(Table([dict(of=k, **{f'{n} word{"s"*(n>1)}': pct(d.get(n, d.get(str(n)))) for n in (1, 2, 3)}, counted=f'{d["words"]:,} words') for k,d in r['distinct'].items()], title='Different runs of words'))
         for k,os in r['openings'].items(): out.append(Table([(o['what'], pct(o['share'])) for o in os if o['rows']>1], cols=['opening', 'rows'], title=f'Most repeated openings of {k}'))
         out.append(Table([(o['rows'], pct(o['share']), o['example']) for o in r['clusters']], cols=['rows', 'share', 'example'], title=f'Kinds of prompts, among {r["sampled"]:,} sampled'))
         out.append(Table([*((k, pct(v)) for k,v in r['format']['forms'].items()), ('ends with a closing sign', pct(r['format']['closed']))], cols=['form', 'answers'], title='Form of the answers'))
         out += [Table(_bars((v, s, pct(s)) for v,s in c['shares'].items()), cols=['value', 'rows', ''], title=f'Values of {c["field"] or "the answer"} ({c["values"]})') for c in r['classes'] if c['values']>1]
         if n := r['near']: out.append(Table([(*e['rows'], e['similarity'], e['earlier'], e['text']) for e in n['examples']], cols=['row', 'and row', 'similarity', 'earlier', 'later'],
-            title=f'Near duplicates: {n["groups"]:,} groups, {n["extra_rows"]:,} rows beyond the first of each'))
+            title=f'Near duplicates: {n["groups"]:,} groups, {n["extra_rows"]:,} rows beyond the first of each, {n["same_words"]:,} with the same words'))
         out.append(Table([(*e['rows'], e['question'], e['answer']) for e in r['conflicts']['examples']], cols=['row', 'and row', 'question', 'the later answer'], title=f'Same question, other answer: {r["conflicts"]["rows"]:,} rows'))
         return out
 
@@ -168,7 +168,7 @@ class QualityReport:
             h = self.data[k].get('histogram', dict(step=1, counts=[]))
             ax.bar([i*h['step'] for i in range(len(h['counts']))], h['counts'], width=h['step']*.9, align='edge', color='#4878d0')
             ax.set(title=name, xlabel='tokens (the last bar holds all above)', ylabel='rows')
-        bars = ((self.data['tokens'].get('kept', {}), 'Rows kept whole at each max_length'), (self.data['language']['shares'], 'Language of the texts'))
+        bars = ((self.data['tokens'].get('kept', {}), 'Rows kept whole at each max_length'), (self.data['language']['shares'], 'Language of the rows'))
         for ax,(d,name) in zip(axes[1], bars):
             ax.barh([str(k).replace('$', r'\$') for k in d], [100*v for v in d.values()], color='#4878d0')
             ax.set(title=name, xlabel='per cent', xlim=(0, 102)); ax.invert_yaxis()

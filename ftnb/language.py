@@ -27,13 +27,14 @@ def find_language(
 # %% ../nbs/22d_language.ipynb #8d866331
 def language_shares(
     pairs, # (question, answer) of a sample of rows; a question may be empty
-)->dict: # {looked, skipped, shares: {language: share of the texts looked at}, crossed: rows answered in another language}
+)->dict: # {looked, skipped, shares: {language: share of the rows looked at}, crossed: rows answered in another language}
     "Languages of a sample of rows"
     count, crossed = Counter(), 0
     for q,a in pairs:
         ls = [find_language(t) for t in (q, a)]
-        count.update(ls)
-        crossed += all(l not in ('', 'unsure') for l in ls) and ls[0]!=ls[1]
+        sure = [l for l in ls if l not in ('', 'unsure')]
+        count[sure[-1] if sure else find_language(f'{q} {a}') or ls[0]] += 1
+        crossed += len(set(sure))>1
     skipped = count.pop('', 0)
     n = count.total()
     return dict(looked=n, skipped=skipped, shares={l: round(c/n, 4) for l,c in count.most_common()}, crossed=crossed)

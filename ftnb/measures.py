@@ -114,7 +114,7 @@ class Balance:
 # %% ../nbs/22e_measures.ipynb #7c54e8af
 class Conflicts:
     "Rows that ask the same as an earlier one and answer otherwise"
-    def __init__(self, examples:int=5): self.first, self.rows, self.most, self.examples = {}, 0, examples, []
+    def __init__(self, examples:int=5): self.first, self.rows, self.most, self.examples = {}, 0, examples, {}
     def add(self, i, system, question, answer):
         "Compare row `i` with the first that asked the same"
         if not question: return
@@ -123,10 +123,10 @@ class Conflicts:
         j, other = divmod(self.first.setdefault(key, i<<32 | said), 1<<32)
         if other==said: return
         self.rows += 1
-        if len(self.examples)<self.most: self.examples.append(dict(rows=[j, i], question=question[:200], answer=answer[:200]))
+        if len(self.examples)<self.most: self.examples.setdefault(j, dict(rows=[j, i], question=question[:200], answer=answer[:200]))
     def report(self)->dict:
         "How many, and the first ones"
-        return dict(rows=self.rows, examples=self.examples)
+        return dict(rows=self.rows, examples=list(self.examples.values()))
 
 # %% ../nbs/22e_measures.ipynb #b85631f9
 class NearRows:
@@ -137,7 +137,7 @@ class NearRows:
         head:int=4000, # Rows to learn the boilerplate from
         examples:int=5, # Pairs whose text is kept
     ):
-        self.index, self.head, self.most, self.examples, self.rows, self._wait = NearDuplicates(threshold, seed), head, examples, [], 0, []
+        self.index, self.head, self.most, self.examples, self.rows, self.same, self._wait = NearDuplicates(threshold, seed), head, examples, {}, 0, 0, []
         self._pairs, self._early = (array('Q'), array('Q')), {}
     def add(self, i:int, text:str):
         "Take row `i`"
@@ -154,13 +154,14 @@ class NearRows:
         if not (near := self.index.add(i, text)): return
         j, s = near[0]
         for a,x in zip(self._pairs, (j, i)): a.append(x)
-        if len(self.examples)<self.most: self.examples.append(dict(rows=[j, i], similarity=round(s, 3), text=text[:200], earlier=self._early.get(j, '')))
+        self.same += s==1
+        if s<1 and len(self.examples)<self.most: self.examples.setdefault(j, dict(rows=[j, i], similarity=round(s, 3), text=text[:200], earlier=self._early.get(j, '')))
     def groups(self)->list:
         "Row numbers, group by group"
         if self._wait is not None: self._flush()
         return join_pairs(zip(*self._pairs))
     def report(self)->dict:
-        "Groups, rows beyond the first of each, the largest group, and examples"
+        "Groups, rows beyond the first of each, how many of them have the same words, the largest group, and examples that have not"
         gs = self.groups()
         extra = sum(map(len, gs))-len(gs)
-        return dict(threshold=self.index.threshold, groups=len(gs), extra_rows=extra, share=round(extra/(self.rows or 1), 4), largest=max(map(len, gs), default=0), examples=self.examples)
+        return dict(threshold=self.index.threshold, groups=len(gs), extra_rows=extra, same_words=self.same, share=round(extra/(self.rows or 1), 4), largest=max(map(len, gs), default=0), examples=list(self.examples.values()))
