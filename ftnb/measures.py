@@ -10,8 +10,7 @@ import json, random, re, zlib
 from array import array
 from collections import Counter
 
-from .base import digest
-from .near import NearDuplicates, join_pairs, terms
+from .near import NearDuplicates, join_pairs, terms, text_key
 
 # %% ../nbs/22e_measures.ipynb #766c2ca0
 class Sample:
@@ -60,7 +59,8 @@ def sides(
     "The system message, what is asked, and the last answer of a record"
     if 'text' in rec: return '', '', rec['text']
     as_list = lambda v: v if isinstance(v, list) else [dict(role='user', content=v or '')]
-    ms = [*as_list(rec.get('prompt') or []), *as_list(rec['chosen'])] if 'chosen' in rec else rec['messages']
+    said = next((rec[k] for k in ('chosen', 'completion') if k in rec), None)
+    ms = rec['messages'] if said is None else [*as_list(rec.get('prompt') or []), *as_list(said)]
     texts = [(m['role'], m.get('content') or json.dumps(m.get('tool_calls') or '', ensure_ascii=False)) for m in ms]
     return '\n'.join(t for r,t in texts if r=='system'), '\n'.join(t for r,t in texts[:-1] if r!='system'), texts[-1][1] if texts else ''
 
@@ -118,7 +118,7 @@ class Conflicts:
     def add(self, i, system, question, answer):
         "Compare row `i` with the first that asked the same"
         if not question: return
-        key = int(digest(' '.join(terms(system))+'\0'+(' '.join(terms(question)) or question)), 16)
+        key = text_key(question)^text_key(system)*3
         said = zlib.crc32((' '.join(terms(answer)) or answer).encode('utf-8', 'replace'))
         j, other = divmod(self.first.setdefault(key, i<<32 | said), 1<<32)
         if other==said: return
