@@ -5,10 +5,13 @@ copies of an earlier row; each size in its own process, rows made one by one and
 Precision and recall: questions of the data with one edited copy of each, by kind of edit. A found pair counts as right if
 it is known, or if its words really have the similarity asked for (counted by comparing every pair).
 
+The quality report takes the same rows in as chat records (`describe`), near duplicates included.
+
     python bench/near.py [--rows 10000 100000 1000000] [--data FILE ...] [--out bench/results/near.json]
 """
 import argparse, json, random, re, resource, subprocess, sys, time
 from pathlib import Path
+from ftnb.describe import Describe
 from ftnb.near import NearDuplicates, head_sample, jaccard, join_pairs, near_pairs, shingles, terms
 from ftnb.quality import question
 from ftnb.records import normalise, shape_of
@@ -121,20 +124,34 @@ def one(n, files):
         made += copy; hit += bool(near) and copy; clean += bool(near) and not copy
     return dict(rows=n, rows_per_second=round(n/spent), seconds=round(spent, 1), peak_mb=round(rss()), before_mb=round(before), bytes_per_row=round((rss()-before)*2**20/n), copies=made, copies_found=hit, others_found=clean)
 
+def described(n, files):
+    "Rows per second of the whole quality report, and the peak memory of this process"
+    d, spent = Describe(), 0.
+    for text,_ in made_rows(n, files):
+        rec = dict(messages=[dict(role='user', content=text), dict(role='assistant', content=text[::-1])])
+        t = time.perf_counter()
+        d.add(rec, 'train', len(text)//4, len(text)//4)
+        spent += time.perf_counter()-t
+    t = time.perf_counter()
+    d.report()
+    last = time.perf_counter()-t
+    return dict(rows=n, rows_per_second=round(n/(spent+last)), report_seconds=round(last, 1), peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--rows', type=int, nargs='+', default=[10_000, 100_000, 1_000_000]); p.add_argument('--data', nargs='+', default=DEMO)
-    p.add_argument('--out', default='bench/results/near.json'); p.add_argument('--one', type=int, help=argparse.SUPPRESS)
+    p.add_argument('--out', default='bench/results/near.json'); p.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.one: return print(json.dumps(one(a.one, a.data)))
+    if a.one: return print(json.dumps(dict(near=one, describe=described)[a.one[0]](int(a.one[1]), a.data)))
     known = {Path(f).stem: [quality(qs, len(qs), t) for t in (.5, .6, .7)] for f in a.data if (qs := questions([f])[:5000])}
     for k,vs in known.items():
         for v in vs: print(k, json.dumps({k:o for k,o in v.items() if k!='kinds'}), flush=True)
-    sizes = []
+    sizes = dict(near=[], describe=[])
     for n in a.rows:
-        got = subprocess.run([sys.executable, __file__, '--one', str(n), '--data', *a.data], capture_output=True, text=True, check=True)
-        sizes.append(json.loads(got.stdout)); print(sizes[-1], flush=True)
-    res = dict(known=known, sizes=sizes, data=[Path(f).name for f in a.data], versions={k:v for k,v in versions().items() if k in ('python', 'ftnb', 'rensa')},
+        for k,v in sizes.items():
+            got = subprocess.run([sys.executable, __file__, '--one', k, str(n), '--data', *a.data], capture_output=True, text=True, check=True)
+            v.append(json.loads(got.stdout)); print(k, v[-1], flush=True)
+    res = dict(known=known, **sizes, data=[Path(f).name for f in a.data], versions={k:v for k,v in versions().items() if k in ('python', 'ftnb', 'rensa')},
         hardware={k:v for k,v in hardware().items() if k in ('cpu', 'cores')}, command='python bench/near.py --rows '+' '.join(map(str, a.rows))+' --data '+' '.join(Path(f).name for f in a.data))
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     Path(a.out).write_text(json.dumps(res, indent=1)+'\n')

@@ -70,6 +70,11 @@ def test_two_thousand_variants_of_one_question_take_no_quadratic_time():
     assert all(near[1:]) and max(map(len, near))<=8 and len(index._ids)<=10
     assert time.perf_counter()-t<10
 
+def test_copies_of_one_text_name_the_first_and_take_no_room():
+    index, t = NearDuplicates(), wordy(1)[0]
+    assert [index.add(i, t.upper() if i%2 else t) for i in range(500)]==[[]]+[[(0, 1.)]]*499
+    assert index._ids==[0]
+
 def test_a_book_among_the_rows_is_compared_by_a_part_of_its_shingles():
     book = ' '.join(wordy(400, size=25))
     index = NearDuplicates()
