@@ -93,7 +93,9 @@ class Describe:
 def notes(r:dict): # Generator of (check, `note` or `warn`, text)
     "What deserves a look in the numbers of a report"
     n, pct = r['splits']['train'], lambda x: f'{100*x:.0f} %'
-    if not n: yield 'rows', 'warn', 'no row to train on'; return
+    if not n:
+        yield 'rows', 'warn', 'no row to train on'
+        return
     if n<1000: yield 'rows', 'warn' if n<100 else 'note', f'{n:,} training rows; usual is 1,000 to 50,000'
     if n>50_000: yield 'rows', 'note', f'{n:,} training rows; usual is 1,000 to 50,000, and a good choice of them often does as well'
     if n<1000 and r['num_train_epochs']>3: yield 'epochs', 'warn', f'each of only {n:,} rows is seen {r["num_train_epochs"]:g} times and may be learnt by heart; 1 to 3 epochs are usual'
@@ -126,6 +128,31 @@ def _ranges(h):
     full = [i for i,c in enumerate(cs) if c] or [0]
     return [((f'{i*s:,} to {(i+1)*s-1:,}' if s>1 else str(i)) if i<len(cs)-1 else f'from {i*s:,}', cs[i]) for i in range(full[0], full[-1]+1)]
 
+# %% ../nbs/22f_describe.ipynb #670a1a29
+def _length_tables(r, pct):
+    "Notes, rows and lengths"
+    out = [Table(r['notes'], cols=['check', 'verdict', 'text'], title='Worth a look'), Table([dict(r['splits'])], title='Rows')]
+    for k,name in (('tokens', 'Tokens of a row'), ('answer_tokens', 'Tokens of its answers')):
+        if not r[k]['n']: continue
+        out.append(Table([{**{f'{p} %' if str(p)!='100' else 'longest': f'{v:,}' for p,v in r[k]['percentiles'].items()}, 'mean': f'{r[k]["mean"]:,}'}], title=f'{name}: percentiles'))
+        out.append(Table(_bars((n, c, f'{c:,}') for n,c in _ranges(r[k]['histogram'])), cols=['tokens', 'rows', ''], title=name))
+        if k=='tokens': out.append(Table(_bars((f'{int(n):,}', s, f'{100*s:.2f} %') for n,s in r[k]['kept'].items()), cols=['max_length', 'rows kept whole', ''], title='Kept at each max_length'))
+    return out
+
+def _text_tables(r, pct):
+    "What the texts are like"
+    out = [Table(_bars((l, s, pct(s)) for l,s in r['language']['shares'].items()), cols=['language', 'rows', ''], title=f'Language ({r["language"]["looked"]:,} rows looked at)')]
+    out.append(Table([dict(of=k, **{f'{n} word{"s"*(n>1)}': pct(d.get(n, d.get(str(n)))) for n in (1, 2, 3)}, counted=f'{d["words"]:,} words') for k,d in r['distinct'].items()], title='Different runs of words'))
+    for k,os in r['openings'].items(): out.append(Table([(o['what'], pct(o['share'])) for o in os if o['rows']>1], cols=['opening', 'rows'], title=f'Most repeated openings of {k}'))
+    out.append(Table([(o['rows'], pct(o['share']), o['example']) for o in r['clusters']], cols=['rows', 'share', 'example'], title=f'Kinds of prompts, among {r["sampled"]:,} sampled'))
+    out.append(Table([*((k, pct(v)) for k,v in r['format']['forms'].items()), ('ends with a closing sign', pct(r['format']['closed']))], cols=['form', 'answers'], title='Form of the answers'))
+    out += [Table(_bars((v, s, pct(s)) for v,s in c['shares'].items()), cols=['value', 'rows', ''], title=f'Values of {c["field"] or "the answer"} ({c["values"]})') for c in r['classes'] if c['values']>1]
+    if n := r['near']: out.append(Table([(*e['rows'], e['similarity'], e['earlier'], e['text']) for e in n['examples']], cols=['row', 'and row', 'similarity', 'earlier', 'later'],
+        title=f'Near duplicates: {n["groups"]:,} groups, {n["extra_rows"]:,} rows beyond the first of each, {n["same_words"]:,} with the same words'))
+    out.append(Table([(*e['rows'], e['question'], e['answer']) for e in r['conflicts']['examples']], cols=['row', 'and row', 'question', 'the later answer'], title=f'Same question, other answer: {r["conflicts"]["rows"]:,} rows'))
+    return out
+
+# %% ../nbs/22f_describe.ipynb #0cd05bdd
 class QualityReport:
     "The numbers of `Describe.report` in `data`, as tables and bars"
     def __init__(self, data:dict): self.data = data
@@ -139,23 +166,8 @@ class QualityReport:
     @property
     def tables(self)->list:
         "What is shown, in order"
-        r, pct = self.data, lambda x: f'{100*x:.1f} %'
-        out = [Table(r['notes'], cols=['check', 'verdict', 'text'], title='Worth a look'), Table([dict(r['splits'])], title='Rows')]
-        for k,name in (('tokens', 'Tokens of a row'), ('answer_tokens', 'Tokens of its answers')):
-            if not r[k]['n']: continue
-            out.append(Table([{**{f'{p} %' if str(p)!='100' else 'longest': f'{v:,}' for p,v in r[k]['percentiles'].items()}, 'mean': f'{r[k]["mean"]:,}'}], title=f'{name}: percentiles'))
-            out.append(Table(_bars((n, c, f'{c:,}') for n,c in _ranges(r[k]['histogram'])), cols=['tokens', 'rows', ''], title=name))
-            if k=='tokens': out.append(Table(_bars((f'{int(n):,}', s, f'{100*s:.2f} %') for n,s in r[k]['kept'].items()), cols=['max_length', 'rows kept whole', ''], title='Kept at each max_length'))
-        out.append(Table(_bars((l, s, pct(s)) for l,s in r['language']['shares'].items()), cols=['language', 'rows', ''], title=f'Language ({r["language"]["looked"]:,} rows looked at)'))
-        out.append(Table([dict(of=k, **{f'{n} word{"s"*(n>1)}': pct(d.get(n, d.get(str(n)))) for n in (1, 2, 3)}, counted=f'{d["words"]:,} words') for k,d in r['distinct'].items()], title='Different runs of words'))
-        for k,os in r['openings'].items(): out.append(Table([(o['what'], pct(o['share'])) for o in os if o['rows']>1], cols=['opening', 'rows'], title=f'Most repeated openings of {k}'))
-        out.append(Table([(o['rows'], pct(o['share']), o['example']) for o in r['clusters']], cols=['rows', 'share', 'example'], title=f'Kinds of prompts, among {r["sampled"]:,} sampled'))
-        out.append(Table([*((k, pct(v)) for k,v in r['format']['forms'].items()), ('ends with a closing sign', pct(r['format']['closed']))], cols=['form', 'answers'], title='Form of the answers'))
-        out += [Table(_bars((v, s, pct(s)) for v,s in c['shares'].items()), cols=['value', 'rows', ''], title=f'Values of {c["field"] or "the answer"} ({c["values"]})') for c in r['classes'] if c['values']>1]
-        if n := r['near']: out.append(Table([(*e['rows'], e['similarity'], e['earlier'], e['text']) for e in n['examples']], cols=['row', 'and row', 'similarity', 'earlier', 'later'],
-            title=f'Near duplicates: {n["groups"]:,} groups, {n["extra_rows"]:,} rows beyond the first of each, {n["same_words"]:,} with the same words'))
-        out.append(Table([(*e['rows'], e['question'], e['answer']) for e in r['conflicts']['examples']], cols=['row', 'and row', 'question', 'the later answer'], title=f'Same question, other answer: {r["conflicts"]["rows"]:,} rows'))
-        return out
+        pct = lambda x: f'{100*x:.1f} %'
+        return _length_tables(self.data, pct)+_text_tables(self.data, pct)
 
     def __repr__(self): return '\n\n'.join([self.line, *(repr(t) for t in self.tables if len(t))])
     def _repr_html_(self): return ''.join(t._repr_html_() for t in self.tables if len(t))
@@ -171,6 +183,7 @@ class QualityReport:
         bars = ((self.data['tokens'].get('kept', {}), 'Rows kept whole at each max_length'), (self.data['language']['shares'], 'Language of the rows'))
         for ax,(d,name) in zip(axes[1], bars):
             ax.barh([str(k).replace('$', r'\$') for k in d], [100*v for v in d.values()], color='#4878d0')
-            ax.set(title=name, xlabel='per cent', xlim=(0, 102)); ax.invert_yaxis()
+            ax.set(title=name, xlabel='per cent', xlim=(0, 102))
+            ax.invert_yaxis()
         if path: fig.savefig(path, dpi=110)
         return fig

@@ -155,7 +155,8 @@ class NearRows:
         j, s = near[0]
         for a,x in zip(self._pairs, (j, i)): a.append(x)
         self.same += s==1
-        if s<1 and len(self.examples)<self.most: self.examples.setdefault(j, dict(rows=[j, i], similarity=round(s, 3), text=text[:200], earlier=self._early.get(j, '')))
+        if s==1 or len(self.examples)>=self.most: return
+        self.examples.setdefault(j, dict(rows=[j, i], similarity=round(s, 3), text=text[:200], earlier=self._early.get(j, '')))
     def groups(self)->list:
         "Row numbers, group by group"
         if self._wait is not None: self._flush()
@@ -164,4 +165,5 @@ class NearRows:
         "Groups, rows beyond the first of each, how many of them have the same words, the largest group, and examples that have not"
         gs = self.groups()
         extra = sum(map(len, gs))-len(gs)
-        return dict(threshold=self.index.threshold, groups=len(gs), extra_rows=extra, same_words=self.same, share=round(extra/(self.rows or 1), 4), largest=max(map(len, gs), default=0), examples=list(self.examples.values()))
+        return dict(threshold=self.index.threshold, groups=len(gs), extra_rows=extra, same_words=self.same, share=round(extra/(self.rows or 1), 4),
+            largest=max(map(len, gs), default=0), examples=list(self.examples.values()))

@@ -43,8 +43,8 @@ def jaccard(
 )->float: # 0 to 1; exact unless one text has more than `longest` shingles
     "Share of the shingles of two texts that both have"
     every, both = a|b, a&b
-    if max(len(a), len(b))>=longest: every = set(heapq.nsmallest(longest, every)); both &= every
-    return len(both-skip)/(len(every-skip) or 1)
+    if max(len(a), len(b))>=longest: every = set(heapq.nsmallest(longest, every))
+    return len((both&every)-skip)/(len(every-skip) or 1)
 
 # %% ../nbs/22c_near.ipynb #e2824b59
 def bands(
@@ -60,7 +60,7 @@ class NearDuplicates:
     def __init__(self,
         threshold:float=.6, # Jaccard similarity of 3-word shingles from which two texts are near
         seed:int=0, # Of the hash functions
-        common:float=.01, # Share of sampled rows above which a shingle is boilerplate; 1 keeps all
+        common:float=.005, # Share of sampled rows above which a shingle is boilerplate; 1 keeps all
         fewest:int=8, # With fewer shingles left only the same words are a duplicate
         crowd:int=8, # Near rows from which a new one is not indexed itself
         look:int=500, # Candidates verified for one text
@@ -146,6 +146,7 @@ def near_pairs(
     index = NearDuplicates(threshold, seed, **kw).fit(head)
     return ((j, i, s) for i,t in enumerate(texts) for j,s in index.add(i, t))
 
+# %% ../nbs/22c_near.ipynb #3db67488
 def join_pairs(
     pairs, # (a, b, ...) that belong together
 )->list: # Sorted lists of two or more, by their first member
@@ -167,7 +168,7 @@ def near_groups(texts, threshold:float=.6, seed:int=0, **kw)->list:
     "Positions of the texts that are near to each other, group by group"
     return join_pairs(near_pairs(texts, threshold, seed, **kw))
 
-# %% ../nbs/22c_near.ipynb #3db67488
+# %% ../nbs/22c_near.ipynb #a33fb2ff
 def find_leaks(
     rows, # (id, text) that must not be known
     known, # (id, text) that are known, or a filled `NearDuplicates`
