@@ -15,8 +15,8 @@ from .runs import Run, versions
 from .tokenizer import load_tokenizer
 from .trl_script import script, trl_yaml
 
-# %% ../nbs/43b_eject.ipynb #07c481b5
-_data = ('train.tokens.parquet', 'valid.tokens.parquet', 'train.jsonl', 'valid.jsonl', 'test.jsonl')
+# %% ../nbs/43b_eject.ipynb #87bae2d2
+_copied = {'train.tokens.parquet': 'data', 'valid.tokens.parquet': 'data', 'train.jsonl': 'rows', 'valid.jsonl': 'rows', 'test.jsonl': 'rows'} # `trl sft` reads all of data/
 _stack = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'accelerate', 'datasets', 'bitsandbytes')
 
 def _rows(path):
@@ -39,9 +39,9 @@ def eject(
     if r.method!='sft': raise UserError(f'method: {r.method} can not be ejected in this version; sft can.')
     if not _rows(run.path('data', 'train.tokens.parquet')): raise UserError(f'{run.name} has no prepared data; run stage 1 first: ftnb run {run.name} --to prepare.')
     has_valid = r.eval_strategy!='no' and _rows(run.path('data', 'valid.tokens.parquet'))>0
-    (folder/'data').mkdir(parents=True, exist_ok=True)
-    for f in _data:
-        if (p := run.path('data', f)).exists() and (f!='valid.tokens.parquet' or has_valid): shutil.copy2(p, folder/'data'/f)
+    for f,to in _copied.items():
+        (folder/to).mkdir(parents=True, exist_ok=True)
+        if (p := run.path('data', f)).exists() and (f!='valid.tokens.parquet' or has_valid): shutil.copy2(p, folder/to/f)
     load_tokenizer(r).save_pretrained(folder/'tokenizer')
     write_atomic(folder/'train.py', script(run, has_valid))
     write_atomic(folder/'trl.yaml', trl_yaml(run, has_valid))

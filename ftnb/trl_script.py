@@ -145,7 +145,7 @@ trainer.save_model(output_dir)
 trainer.save_state()  # trainer_state.json holds the losses
 '''+('trainer.push_to_hub()\n' if r.push_to_hub else '')
 
-# %% ../nbs/43a_trl_script.ipynb #551f4fe5
+# %% ../nbs/43a_trl_script.ipynb #a0c41805
 def script(
     run:Run, # With prepared data
     has_valid:bool, # Whether validation rows are copied along
@@ -188,7 +188,7 @@ train_rows = load_dataset('parquet', data_files=str(here / 'data/train.tokens.pa
 {_args(run, has_valid)}
 {_trainer(r, has_valid)}'''
 
-# %% ../nbs/43a_trl_script.ipynb #6695267a
+# %% ../nbs/43a_trl_script.ipynb #0e1b34a8
 _unsaid = dict(lora_bias='bias', init_lora_weights='init_lora_weights', layers_to_transform='layers_to_transform', layers_pattern='layers_pattern', rank_pattern='rank_pattern', alpha_pattern='alpha_pattern',
     bnb_4bit_compute_dtype='bnb_4bit_compute_dtype', llm_int8_threshold='llm_int8_threshold', llm_int8_skip_modules='llm_int8_skip_modules', early_stopping_patience='early stopping')
 def trl_values(
