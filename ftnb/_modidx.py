@@ -292,6 +292,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftnb.peer_axolotl._pair': ('peer_axolotl.html#_pair', 'ftnb/peer_axolotl.py'),
                                    'ftnb.peer_axolotl._path': ('peer_axolotl.html#_path', 'ftnb/peer_axolotl.py'),
                                    'ftnb.peer_axolotl._per_epoch': ('peer_axolotl.html#_per_epoch', 'ftnb/peer_axolotl.py'),
+                                   'ftnb.peer_axolotl._plugins': ('peer_axolotl.html#_plugins', 'ftnb/peer_axolotl.py'),
                                    'ftnb.peer_axolotl._same_as_model': ('peer_axolotl.html#_same_as_model', 'ftnb/peer_axolotl.py'),
                                    'ftnb.peer_axolotl._targets': ('peer_axolotl.html#_targets', 'ftnb/peer_axolotl.py'),
                                    'ftnb.peer_axolotl._template': ('peer_axolotl.html#_template', 'ftnb/peer_axolotl.py'),

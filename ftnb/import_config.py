@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Imported', 'import_config']
 
-# %% ../nbs/43_import_config.ipynb #1b2cada5
+# %% ../nbs/43_import_config.ipynb #b6f98288
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .base import Table, UserError, nearest, write_atomic
@@ -43,7 +44,7 @@ class Imported:
     @property
     def table(self)->Table:
         kinds = {k: sum(r.became==k for r in self.rows) for k in dict.fromkeys(r.became for r in self.rows)}
-        return Table([vars(r) for r in self.rows], cols=['key', 'value', 'became', 'here'],
+        return Table([dict(vars(r), value=textwrap.shorten(str('' if r.value is None else r.value), 60)) for r in self.rows], cols=['key', 'value', 'became', 'here'],
             title=f'{Path(self.path).name}, of {peers[self.tool].title}: '+', '.join(f'{n} {k}' for k,n in kinds.items()))
     def __repr__(self): return repr(self.table)
     def _repr_html_(self): return self.table._repr_html_()
@@ -58,7 +59,7 @@ def _walk(peer, conf, folder):
                 yield fields, [row]
         elif k in peer.nested and v:
             try: yield peer.nested[k](k, v, conf, folder)
-            except (TypeError, AttributeError, KeyError): yield {}, [Row(k, v, 'not supported', f'it has not the form that {peer.title} reads')]
+            except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError): yield {}, [Row(k, v, 'not supported', f'it has not the form that {peer.title} reads')]
         else:
             fields, row = read_key(peer, k, v, conf, names) if k not in peer.nested else ({}, Row(k, v, 'needless', 'empty'))
             yield fields, [row]
@@ -101,11 +102,14 @@ def _assume(peer, conf, out):
     rows = [Row(n, x, 'default', f'{n}: {x} (not in the file; {peer.title} assumes it)') for n,x in new.items()]
     if 'assistant_only_loss' not in out and peer.title in ('TRL', 'Unsloth Studio'):
         rows.append(Row('assistant_only_loss', True, 'default', f'only answers are trained; {peer.title} trains all tokens unless told: set assistant_only_loss: false for that'))
+    if peer.title=='TRL' and 'method' not in out: rows.append(Row('method', 'sft', 'default', 'a TRL file does not name its subcommand; for trl dpo or trl kto say method'))
     return new, rows
 
+# %% ../nbs/43_import_config.ipynb #793fd34b
 def import_config(
     path, # YAML file of Axolotl, LLaMA-Factory, Unsloth Studio or TRL
     tool:str=None, # axolotl, llamafactory, unsloth or trl; None: seen by its keys
+    method:str=None, # The subcommand of a TRL file, such as dpo, which its YAML does not name
     strict:bool=False, # Whether a key that can't be carried is a `UserError`
 )->Imported:
     "A peer's configuration as a valid recipe, with a row for every key; a `UserError` if it can't be read"
@@ -114,8 +118,10 @@ def import_config(
     conf, lines = read_yaml(path)
     tool = tool or which_peer(conf, str(path))
     peer, out, came, rows = peers[tool], {}, {}, []
+    if method: out, came, rows = dict(method=method), dict(method=(0, 'method')), [Row('method', method, 'same', f'method: {method}')]
     for fields,new in _walk(peer, conf, Path(path).parent): rows += _merge(out, came, fields, new, (len(rows), new[0].key if new else ''))
-    more, assumed = _assume(peer, conf, out)
+    try: more, assumed = _assume(peer, conf, out)
+    except (TypeError, ValueError, AttributeError, ArithmeticError): more, assumed = {}, []
     values, why = _valid({**out, **more})
     for n,w in why.items():
         if n in came: rows[came[n][0]] = replace(rows[came[n][0]], became='not supported', here=w.removeprefix(f'{n}: '))

@@ -110,6 +110,10 @@ def _same_as_model(v, c):
     if v!=c.get('base_model'): raise UserError('configuration and tokenizer are those of model_name_or_path')
     return {}, 'they are those of the model'
 def _checkpointing(v, c): return (dict(activation_checkpointing=True), 'recomputed, not offloaded') if isinstance(v, str) else dict(activation_checkpointing=bool(v))
+_kernel_plugins = ('CutCrossEntropyPlugin', 'LigerPlugin', 'KernelsPlugin')
+def _plugins(v, c):
+    if not all(str(p).split('.')[-1] in _kernel_plugins for p in v): raise UserError('code of Axolotl, which a recipe does not load')
+    return {}, kernel
 def _type_of(name): return lambda v, c: dict(dtype=name) if v else ({}, 'off')
 def _auto(field): return lambda v, c: ({}, 'chosen by the device') if v=='auto' else {field: v}
 
@@ -156,7 +160,7 @@ axolotl = Peer('Axolotl', ('base_model', 'micro_batch_size', 'sequence_len', 'nu
         batch_size=_batch, evals_per_epoch=_per_epoch('eval'), saves_per_epoch=_per_epoch('save'), optimizer=_optim, lr_scheduler=_lr, cosine_min_lr_ratio=lambda v, c: _lr('cosine', dict(cosine_min_lr_ratio=v)),
         bf16=_auto('bf16'), tf32=_auto('tf32'), torch_compile=_auto('torch_compile'), bfloat16=_type_of('bfloat16'), float16=_type_of('float16'), float32=_type_of('float32'), gradient_checkpointing=_checkpointing,
         flash_attention=_attention('flash_attention_2'), sdp_attention=_attention('sdpa'), eager_attention=_attention('eager'), flex_attention=_attention('flex_attention'), chat_template=_template, chat_template_jinja=_jinja,
-        model_type=_model_type, cls_model_config=_model_type, base_model_config=_same_as_model, tokenizer_config=_same_as_model, hub_model_id=lambda v, c: dict(hub_model_id=v, push_to_hub=True),
+        model_type=_model_type, type_of_model=_model_type, cls_model_config=_model_type, plugins=_plugins, base_model_config=_same_as_model, tokenizer_config=_same_as_model, hub_model_id=lambda v, c: dict(hub_model_id=v, push_to_hub=True),
         use_wandb=tracks('wandb'), wandb_project=_wandb, use_tensorboard=tracks('tensorboard'), use_mlflow=tracks('mlflow'), use_comet=tracks('comet_ml'), use_trackio=tracks('trackio'), use_swanlab=tracks('swanlab'),
         shuffle_merged_datasets=lambda v, c: ({}, 'rows are drawn at random') if v else dict(train_sampling_strategy='sequential'), curriculum_sampling=lambda v, c: dict(train_sampling_strategy='sequential') if v else {},
         attn_implementation=lambda v, c: dict(attn_implementation=v)),
@@ -173,7 +177,7 @@ axolotl = Peer('Axolotl', ('base_model', 'micro_batch_size', 'sequence_len', 'nu
             'cpo_alpha max_prompt_len', 'rewards are not trained here': 'reward_model process_reward_model center_rewards_coefficient num_labels ebft vllm', vision: 'processor_type processor_kwargs image_size image_resize_algorithm role_boundaries freeze_mm_modules',
         kernel: 'cut_cross_entropy lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel use_kernels use_scattermoe use_sonicmoe chunked_cross_entropy chunked_cross_entropy_num_chunks tiled_mlp tiled_mlp_num_shards '
             'tiled_mlp_use_original_mlp experts_implementation large_head_attention sdpa_varlen flex_attn_compile_kwargs heads_k_stride ring_attn_func use_glm_dsa_kernels expert_backend moe_grouped_backend moe_bnb_fast moe_dequant_chunk_size',
-        'xformers and sage are not attentions of transformers; set attn_implementation: sdpa': 'xformers_attention sage_attention s2_attention', _no_code: 'plugins trainer_cls', several:
+        'xformers and sage are not attentions of transformers; set attn_implementation: sdpa': 'xformers_attention sage_attention s2_attention', _no_code: 'trainer_cls', several:
             'dp_shard_size dp_replicate_size sequence_parallel_degree context_parallel_size tensor_parallel_size fsdp_final_state_dict_type deepcompile gpu_memory_limit world_size device',
         'set it inside fsdp_config': 'fsdp_version', 'quantised training beyond 4 and 8 bits of bitsandbytes is not in this version': 'qat quantization gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama quantize_moe_experts model_quantization_config '
             'model_quantization_config_kwargs fp8 fp8_config fp8_enable_fsdp_float8_all_gather use_onebitllms nonexpert_quantization nvfp4_merge_aware nvfp4_merge_aware_start_step', _no_variant: 'peft loraplus_lr_ratio loraplus_lr_embedding mora peft_autocast_adapter_dtype '

@@ -101,7 +101,7 @@ def _only(ok, yes, no):
 
 def _lf_assumed(c):
     "What LLaMA-Factory assumes"
-    r = c.get('lora_rank') or 8
+    r = int(c.get('lora_rank') or 8)
     return dict(_hf(c, 5e-5), max_length=2048, valid_size=0.0, peft='lora', lora_r=r, lora_alpha=2*r)
 
 _many = 'an optimizer or a variant of LoRA that is not in this version'
@@ -141,7 +141,7 @@ def _whole(v, c):
 def _targets(v, c): return dict(lora_target_modules=names_list(v)) if v!='all-linear' else dict(lora_target_modules=v)
 def _studio_assumed(c):
     "What Unsloth Studio assumes"
-    t = c.get('training') or {}
+    t = c.get('training') if isinstance(c.get('training'), dict) else {}
     full = str(t.get('training_type', 'lora')).lower()=='full'
     out = dict(max_length=2048, num_train_epochs=3.0, learning_rate=2e-4, per_device_train_batch_size=2, gradient_accumulation_steps=4, weight_decay=.01, seed=3407, peft='full' if full else 'lora', valid_size=0.0, eval_strategy='no',
         lr_scheduler_type='linear')
@@ -190,6 +190,6 @@ def which_peer(
 )->str: # A key of `peers`
     "The tool whose keys a file has; a `UserError` if none or several fit equally"
     n = {t: sum(m in conf and (t!='unsloth' or isinstance(conf[m], dict)) for m in p.marks) for t,p in peers.items()}
-    best = sorted(n, key=lambda t: -n[t])
-    if not n[best[0]] or n[best[0]]==n[best[1]]: raise UserError(f'{where}: the keys do not show whose file this is; say tool: {", ".join(peers)}.')
+    best = sorted(n, key=lambda t: (-n[t], t=='trl')) # TRL's names are in LLaMA-Factory's files too
+    if not n[best[0]] or (n[best[0]]==n[best[1]] and best[1]!='trl'): raise UserError(f'{where}: the keys do not show whose file this is; say tool: {", ".join(peers)}.')
     return best[0]

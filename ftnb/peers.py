@@ -32,7 +32,7 @@ class Peer:
 
 # %% ../nbs/02b_peers.ipynb #ac5b23c6
 became = ('mapped', 'same', 'default', 'needless', 'not supported', 'unknown')
-_private = re.compile(r'token$|api_key|secret|password', re.I)
+_private = re.compile(r'(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)token$|api_key|secret|password', re.I)
 
 @dataclass(frozen=True)
 class Row:
@@ -77,12 +77,14 @@ def read_key(
         elif k in peer.renamed: out = {peer.renamed[k]: value}
         elif k in peer.needless: return {}, row('needless', peer.needless[k])
         elif why := peer.refused.get(k) or next((w for p,w in peer.prefixes.items() if k.startswith(p)), None):
-            return {}, row('needless', 'off, as it always is here') if value is False or value in ([], {}) else row('not supported', why)
+            if value is False or value in ([], {}): return {}, row('needless', 'off, as it always is here')
+            return {}, row('needless' if why==kernel else 'not supported', why)
         else:
             out, notes = apply_aliases({k: value}, fields)
             if set(out)-set(fields): return {}, row('unknown', f'{peer.title} has no such key.{nearest(k, peer.known | set(fields))}'.strip())
             if not out: return {}, row('needless', 'so it always is here')
     except UserError as e: return {}, row('not supported', re.sub(rf'^{re.escape(k)}(: | is no recipe field: )', '', str(e)).rstrip('.'))
+    except (TypeError, ValueError, AttributeError, ArithmeticError): return {}, row('not supported', f'it has not the form that {peer.title} reads')
     if isinstance(out, tuple): out, text = out
     if set(out)-set(fields): return {}, row('not supported', preference)
     if not out: return {}, row('needless', text or 'so it always is here')
@@ -123,6 +125,7 @@ def read_sources(
             else:
                 try: out = f(v, d)
                 except UserError as e: row('not supported', str(e)); continue
+                except (TypeError, ValueError, AttributeError, ArithmeticError): row('not supported', 'it has not the form that a data set has'); continue
                 out, text = out if isinstance(out, tuple) else (out, None)
                 if clash := next((n for n in out if n not in _of_source and fields.get(n, out[n])!=out[n]), None):
                     row('not supported', f'{clash} is one for all sources, and is {fields[clash]} already'); continue
