@@ -47,7 +47,7 @@ def logit_difference(
 
 def packed_difference(
     recipe, # Its model and attention kernel
-)->float: # None if no model of this class can be made small
+)->float: # nan if no model of this class can be made small
     "Largest difference of logits between packed and separate rows on this architecture"
     try: config = AutoConfig.from_pretrained(model_path(recipe.model_name_or_path), revision=recipe.model_revision, trust_remote_code=recipe.trust_remote_code)
     except Exception as e: raise hub_error(e, recipe.model_name_or_path) or UserError(f'The config of {recipe.model_name_or_path} could not be read: {str(e).splitlines()[0]}') from None
@@ -55,5 +55,5 @@ def packed_difference(
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try: return logit_difference(AutoModelForCausalLM.from_config(shrink(config), dtype=torch.float32, attn_implementation=kernel))
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError): return None
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError): return float('nan')
     finally: torch.random.set_rng_state(state)

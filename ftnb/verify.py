@@ -20,7 +20,7 @@ from .base import UserError, disk_error, gib, read_json, size, write_json
 from .load import Device, find_device, fit_vocabulary, load_model
 from .models import model_path
 from .runs import Run
-from .tokenizer import load_tokenizer
+from .tokenizer import run_tokenizer
 from .train import token_data
 
 # %% ../nbs/37_verify.ipynb #7d1fed39

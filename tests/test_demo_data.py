@@ -95,14 +95,13 @@ def test_the_planted_faults_are_what_the_readme_says(demo_rows):
     assert re.search(r'ghp_\w+', said(key, 'assistant')) and 'fake' in said(key, 'assistant').lower()
     with pytest.raises(json.JSONDecodeError): json.loads(lines[4])
 
-def test_stage_1_finds_each_planted_fault_and_nothing_else(demo_rows):
-    from ftnb.prepare import check_rows, read_all
+def test_stage_1_finds_each_planted_fault_and_nothing_else(tmp_path):
+    from ftnb.prepare import examine
     from ftnb.recipe import load_recipe
-    rows, _ = read_all(load_recipe(DEMO/'demo.yaml'))
-    check_rows(rows)
-    aside = [(r.file.split('/')[-1], r.line, r.aside) for r in rows if r.aside]
+    done, rows = examine(load_recipe(DEMO/'demo.yaml'), tmp_path)
+    aside = [(rows.files[rows.file[i]].split('/')[-1], rows.line[i], rows.reason(i)) for i in range(len(rows)) if rows.why[i]]
     mine = {l: why for f,l,why in aside if f=='faults.jsonl'}
     assert 'same as line' in mine[1] and 'no answer' in mine[3] and 'not JSON' in mine[5] and ' in the ' in mine[4]
     # the leaked question is trained on either way: the held-out row goes, so that the test is fair
     assert [f for f,_,why in aside if 'leaked' in why]==['test.jsonl']
-    assert len(aside)==5
+    assert len(aside)==5 and not done.stopped
