@@ -258,7 +258,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftnb.import_config.import_config': ('import_config.html#import_config', 'ftnb/import_config.py')},
             'ftnb.intake': { 'ftnb.intake.Intake': ('intake.html#intake', 'ftnb/intake.py'),
                              'ftnb.intake._index': ('intake.html#_index', 'ftnb/intake.py'),
-                             'ftnb.intake._key': ('intake.html#_key', 'ftnb/intake.py'),
                              'ftnb.intake._near_report': ('intake.html#_near_report', 'ftnb/intake.py'),
                              'ftnb.intake._one': ('intake.html#_one', 'ftnb/intake.py'),
                              'ftnb.intake._prompts': ('intake.html#_prompts', 'ftnb/intake.py'),

@@ -43,7 +43,7 @@ def measure(
     "Losses and answers of base and tuned on the held-out rows"
     pair = pair or Pair(run)
     split, recs, toks = held_out(run)
-    asked = [prompt_of(pair.tok, o) for o in recs]
+    asked = [prompt_of(pair.tok, o, run.recipe.think) for o in recs]
     chat = [i for i,(_,ref) in enumerate(asked) if ref is not None]
     out = dict(split=split, recs=recs, refs=[asked[i][1] for i in chat], prompts=[recs[i]['messages'][-2]['content'] for i in chat])
     n = run.recipe.per_device_eval_batch_size

@@ -36,7 +36,7 @@ class Recipe:
     assistant_only_loss:bool = True # Train on the assistant's tokens and their end of turn only
     think:str = 'keep' # <think> parts of answers: keep, strip, or ignore_empty (empty ones are context, not trained)
     near_duplicates:str = 'report' # Rows that ask almost the same within training: report, or drop all but the first
-    near_duplicate_threshold:float = 0.7 # Jaccard similarity of 3-word shingles from which two questions are almost the same
+    near_duplicate_threshold:float = 0.6 # Jaccard similarity of 3-word shingles from which two questions are almost the same
     eval_prompts:Union[str, list, None] = None # Files of evaluation prompts that must not be trained on
     secrets:str = 'drop' # Rows with keys, tokens or passwords: mask, drop, or stop
     private_data:str = 'report' # Rows with e-mail, phone, card, IBAN, SSN or IP numbers: report, mask, drop, or stop

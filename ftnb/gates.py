@@ -27,14 +27,15 @@ class Tally:
     "Faults by name: how many rows have them, and the first of these"
     n:dict=field(default_factory=dict) # Rows by fault
     first:dict=field(default_factory=dict) # Number of the first such row
-    tokens:dict=field(default_factory=dict) # Tokens by fault
+    last:dict=field(default_factory=dict) # Number of the last such row
     prompts:int=0 # Rows whose prompt was compared token by token
 
-    def hit(self, fault:str, i:int, tokens:int=0):
-        "Note a fault of row `i`"
+    def hit(self, fault:str, i:int):
+        "Note a fault of row `i`, once"
+        if self.last.get(fault)==i: return
         self.n[fault] = self.n.get(fault, 0)+1
         self.first.setdefault(fault, i)
-        self.tokens[fault] = self.tokens.get(fault, 0)+tokens
+        self.last[fault] = i
     def __getitem__(self, fault:str)->int: return self.n.get(fault, 0)
 
 def stretches(

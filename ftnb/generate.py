@@ -18,7 +18,7 @@ from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype
 from .loss import is_plain, parts, selected_loss
 from .runs import Run, run_folder
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, run_tokenizer
 
 # %% ../nbs/35_generate.ipynb #02f94796
 def stop_ids(
@@ -97,7 +97,7 @@ class Pair:
     def __init__(self, run:Run, which:str='both'):
         self.run, r = run, run.recipe
         adapter, full = run.path('adapter'), run.path('model')
-        self.tok = load_tokenizer(r)
+        self.tok = run_tokenizer(run)
         self.full = r.peft=='full'
         dtype = pick_dtype(r)
         if which!='base' and not (full if self.full else adapter/'adapter_config.json').exists():

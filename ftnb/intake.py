@@ -13,9 +13,9 @@ from itertools import chain, islice
 
 from .base import UserError
 from .ledger import Ledger, assign, drop_leaked, drop_same, limit_train
-from .near import NearDuplicates, join_pairs
+from .near import NearDuplicates, join_pairs, text_key
 from .privacy import policy
-from .quality import question, question_key, row_key
+from .quality import conversation, question
 from .records import RowFault, apply_mapping, normalise, recognise, shape_of
 from .sources import find_sources, read_rows
 
@@ -27,8 +27,6 @@ class Intake:
     read:int=0 # Rows that the readers gave
     private:Counter=field(default_factory=Counter) # Rows with private data or secrets, by kind
     masked:int=0 # Rows in which something was masked
-
-def _key(hexadecimal): return int(hexadecimal, 16)
 
 def _one(raw, shape, s, recipe, got):
     "(record or raw row, reason why it is set aside) of one row"
@@ -60,7 +58,7 @@ def take_in(
             got.read += 1
             rec, reason = _one(raw, shape, s, recipe, got)
             if reason is None and s.weight<1 and rng.random()>=s.weight: reason = f'not drawn (weight {s.weight})'
-            keys = (0, 0) if reason else (_key(row_key(rec)), _key(question_key(rec)))
+            keys = (0, 0) if reason else (text_key(conversation(rec)), text_key(question(rec)))
             rows.add(raw.file, raw.line, rec, reason, raw.split, *keys, max(1, round(s.weight)))
     return got
 

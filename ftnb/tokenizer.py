@@ -11,7 +11,7 @@ import os
 from .base import UserError, nearest
 from .fields import Recipe
 from .models import hub_error, model_path
-from .template import set_template
+from .template import set_template, template_hash
 
 # %% ../nbs/25_tokenizer.ipynb #90334907
 reserved_pads = ('<|finetune_right_pad_id|>', '<|vision_pad|>', '<pad>', '[PAD]', '<|pad|>', '<unk>', '<|endoftext|>', '<|reserved_special_token_0|>', '<|extra_0|>')

@@ -20,7 +20,7 @@ from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, precision_args
 from .loss import Trainer
 from .runs import Run, inputs_of, peak_memory
-from .tokenizer import load_tokenizer
+from .tokenizer import run_tokenizer
 from .tune import count_parameters, make_trainable
 from .watch import Monitor, RunLog, Stopper
 
@@ -95,7 +95,7 @@ def make_trainer(
     r = run.recipe
     os.environ.setdefault('TENSORBOARD_LOGGING_DIR', str(run.path('tensorboard')))
     set_seed(r.seed)
-    tok = load_tokenizer(r)
+    tok = run_tokenizer(run)
     train, valid = token_data(run, 'train'), token_data(run, 'valid')
     if train is None: raise UserError(f'{run.name} has no training rows.')
     args = training_args(r, run, [len(o) for o in train['input_ids']], valid is not None and r.eval_strategy!='no')

@@ -96,7 +96,7 @@ def load_trained(run:Run)->Trained:
     "The trained model of a run with its logits"
     r, folder = run.recipe, trained_folder(run)
     d = work_device((run.report('train') or {}).get('params_total') or 0, r.use_cpu)
-    tok = load_tokenizer(r)
+    tok = run_tokenizer(run)
     torch.set_float32_matmul_precision('highest')
     if r.peft=='full': model = load_model(r, dtype=torch.float32, path=folder, quantised=False, device=d)
     else: model = PeftModel.from_pretrained(fit_vocabulary(load_model(r, dtype=torch.float32, quantised=False, device=d), tok), str(folder))

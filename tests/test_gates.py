@@ -59,7 +59,7 @@ def test_b_an_answer_that_would_be_cut_stops(monkeypatch, prep):
     assert 'would lose' in text and '--accept nothing_cut=REASON' in text
 
 def test_c_rows_whose_prompt_fills_max_length_do_not_vanish(monkeypatch, prep):
-    rows = [*rows_of(56), *(dict(prompt=f'{n} '+' '.join(map(str, range(n))), completion='yes') for n in range(300, 304))]
+    rows = [*rows_of(56), *(dict(prompt=f'{w} '*300, completion='yes') for w in 'left right above below'.split())]
     stopped(monkeypatch, prep, 'nothing_cut', '4 rows are longer', rows=rows, max_length=200)
     run, done = prep(rows, max_length=200, excess_length_strategy='drop')
     assert verdicts(done)['nothing_cut']=='fixed' and done.report['aside']==4
@@ -135,7 +135,7 @@ def test_an_answer_of_several_that_is_not_trained_stops(monkeypatch, prep):
 
 def test_a_row_with_nothing_to_learn_stops(monkeypatch, prep):
     wrong(monkeypatch, lambda e: Encoded(e.input_ids, [-100]*len(e.labels), e.ends))
-    monkeypatch.setattr(stage, '_fit', lambda enc, recipe, got: (enc.input_ids, enc.labels, None))
+    monkeypatch.setattr(stage, '_fit', lambda i, enc, recipe, got: (enc.input_ids, enc.labels, None))
     with monkeypatch.context() as m:
         m.setattr(gates, 'gate_table', {'mask_not_empty': gates.mask_not_empty})
         with pytest.raises(UserError, match='gate mask_not_empty: 60 rows have no trained token at all'): prep(rows_of())
