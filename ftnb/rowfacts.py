@@ -21,7 +21,9 @@ class ThinkFacts:
     empty:int=0 # Answers that open with an empty thought, in the loss unless `think` says otherwise
 
     @property
-    def hybrid(self)->bool: return bool(self.empty or self.dropped)
+    def hybrid(self)->bool:
+        "Whether the template handles thoughts in a way that a person should know"
+        return bool(self.empty or self.dropped)
 
 def think_facts(
     tokenizer, # A Hugging Face tokenizer with a template
@@ -54,7 +56,9 @@ class BosCount:
     added:bool # Whether the tokenizer puts one before plain text
 
     @property
-    def ok(self)->bool: return self.row==self.prompt and self.row<=1 and (self.row==1 or not self.added)
+    def ok(self)->bool:
+        "One where the model has one by convention, and never two"
+        return self.row==self.prompt and self.row<=1 and (self.row==1 or not self.added)
 
 def one_bos(
     tokenizer, # A Hugging Face tokenizer with a template

@@ -68,7 +68,10 @@ def fault(tok, rec):
         before = s[:s.find(m['content'].split('</think>')[-1].strip() or 'look_up')]
         if len(head.strip())>2 and any(before.startswith(head[-k:]) for k in range(3, len(head)+1) if head[-k:].strip()) or head.strip() and head in before: return f'{before!r} of the header is trained'
     prompt, k = tok.decode(prompt_of(tok, rec)[0]), max(i for i,l in enumerate(enc.labels) if l!=-100)+1-len(runs(enc.labels)[-1])
-    if not tagged and tok.decode(enc.input_ids).startswith(prompt) and len(tok.decode(enc.input_ids[:k]))<len(prompt): return 'a part of the last prompt is trained'
+    full, context = tok.decode(enc.input_ids), tok.decode(enc.input_ids[:k])
+    if not tagged and full.startswith(prompt):
+        if len(context)<len(prompt): return 'a part of the last prompt is trained'
+        if (gap := full[len(prompt):len(context)].strip()) and gap!=head.strip(): return f'{gap!r} is for the model to say, and not trained'
     return '' if enc.ends else 'no end of turn is written after the last answer'
 
 UNHANDLED = { # plain conversations; what a template refuses by itself (roles, calls of tools) is printed with its own words
