@@ -99,7 +99,7 @@ class Facts:
     shapes:dict=field(default_factory=dict) # {file: `Shape`}
     read:int=0 # Rows that the readers gave
     chats:int=0 # Kept rows that are conversations
-    over:list=field(default_factory=list) # (tokens, trained tokens lost) of each row over max_length
+    over:list=field(default_factory=list) # (tokens, trained tokens lost, number) of each row over max_length
     stop_ids:list=None # Where generation stops, by the base's generation config
     reloaded:bool=True # Whether the template is the same after saving and loading
     private:dict=field(default_factory=dict) # Rows with private data, by kind
@@ -164,12 +164,13 @@ def stops_at_serving(f:Facts)->dict:
 def nothing_cut(f:Facts)->dict:
     "Rows keep all their tokens; stops when over 1 % of the rows would lose trained ones"
     if not f.over: return _gate()
-    n, longest, how = len(f.over), max(t for t,_ in f.over), f.recipe.excess_length_strategy
-    lose, tokens = sum(l>0 for _,l in f.over), sum(l for _,l in f.over)
+    n, how = len(f.over), f.recipe.excess_length_strategy
+    longest, _, i = max(f.over)
+    lose, tokens = sum(l>0 for _,l,_ in f.over), sum(l for _,l,_ in f.over)
     share = 100*lose/max(1, f.kept+(n if how!='truncate' else 0))
-    text = f'rows are longer than max_length: {f.recipe.max_length} and would lose {tokens:,} trained tokens and {lose} ends of turn ({share:.1f} % of rows); max_length: {longest} keeps all'
     if how=='drop': return _gate(n, 'fixed', f'rows were longer than max_length: {f.recipe.max_length} and were set aside; max_length: {longest} keeps all')
-    return _gate(n, 'warn' if share<=1 or how=='truncate' and share<=1 else 'stop', text+('' if share<=1 else '; or set excess_length_strategy: drop'))
+    return _gate(n, 'warn' if share<=1 else 'stop', f'rows are longer than max_length: {f.recipe.max_length}, the longest {f.rows.place(i)}, and would lose {tokens:,} trained tokens and {lose} ends of turn '
+        f'({share:.1f} % of rows); set max_length: {longest} to keep all'+('' if share<=1 else ', or set excess_length_strategy: drop' + (' or truncate' if how=='raise' else '')))
 
 def nothing_lost(f:Facts)->dict:
     "Rows in = train + valid + test + set aside"
@@ -184,7 +185,7 @@ def roles_known(f:Facts)->dict:
     codes = {k for k,r in enumerate(f.rows.reasons) if r and ('unknown role' in r or 'unknown from' in r or r.startswith('the template refuses'))}
     n = sum(w in codes for w in f.rows.why)
     first = next((i for i,w in enumerate(f.rows.why) if w in codes), None)
-    bad = n>.01*max(1, len(f.rows))
+    bad = n>max(2, .01*len(f.rows))
     return _gate(n, 'stop' if bad else 'fixed', n and f'rows have a role that can not be placed and were set aside, first {f.rows.place(first)}: {f.rows.reason(first)}')
 
 def one_bos_token(f:Facts)->dict:

@@ -113,7 +113,7 @@ class Prepared:
 class _Pass:
     "What the second pass gathers"
     tally:Tally=field(default_factory=Tally)
-    over:list=field(default_factory=list) # (tokens, trained tokens lost)
+    over:list=field(default_factory=list) # (tokens, trained tokens lost, number) of each row over max_length
     lens:dict=field(default_factory=lambda: {s: Counter() for s in ('train', 'valid', 'test')})
     trained:int=0 # Trained tokens of the training rows
     tokens:int=0 # Tokens of the training rows
@@ -121,12 +121,12 @@ class _Pass:
     sample:object=None
     describe:object=None
 
-def _fit(enc, recipe, got):
+def _fit(i, enc, recipe, got):
     "(input_ids, labels, reason) of an encoded row within `max_length`"
     ids, labels, n = enc.input_ids, enc.labels, recipe.max_length
     if len(ids)<=n: return ids, labels, None
     lost = sum(l!=-100 for l in labels[n:])
-    got.over.append((len(ids), lost))
+    got.over.append((len(ids), lost, i))
     if lost and recipe.excess_length_strategy!='truncate': return ids, labels, f'longer than max_length: {len(ids)} of {n} tokens'
     if all(l==-100 for l in labels[:n]): return ids, labels, f'nothing to train on within max_length: {n}'
     return ids[:n], labels[:n], None
@@ -139,7 +139,7 @@ def _encode_all(rows, recipe, tok, files, got):
         before = dict(got.tally.n)
         inspect_row(got.tally, i, rec, enc, tok, recipe, deep=got.tally.prompts<200 or i%200==0)
         got.sample.see(i, enc, [k for k,v in got.tally.n.items() if v!=before.get(k)] + (['over max_length'] if len(enc.input_ids)>recipe.max_length else []))
-        ids, labels, reason = _fit(enc, recipe, got)
+        ids, labels, reason = _fit(i, enc, recipe, got)
         if reason: rows.put_aside(i, reason); continue
         split, times = rows.split_of(i), round(rows.repeat[i]) if rows.split_of(i)=='train' else 1
         n = sum(l!=-100 for l in labels)

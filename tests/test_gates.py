@@ -55,7 +55,7 @@ def test_a_question_trained_in_part_stops_too(monkeypatch, prep):
 
 def test_b_an_answer_that_would_be_cut_stops(monkeypatch, prep):
     rows = [*rows_of(58), *(dict(prompt=f'Count to {n}', completion=' '.join(map(str, range(n)))) for n in (400, 500))]
-    text = stopped(monkeypatch, prep, 'nothing_cut', 'ends of turn', 'max_length: 200', 'keeps all', rows=rows, max_length=200)
+    text = stopped(monkeypatch, prep, 'nothing_cut', 'ends of turn', 'max_length: 200', 'to keep all', rows=rows, max_length=200)
     assert 'would lose' in text and '--accept nothing_cut=REASON' in text
 
 def test_c_rows_whose_prompt_fills_max_length_do_not_vanish(monkeypatch, prep):
