@@ -72,6 +72,8 @@ def finetuning(v, c)->dict:
     if v not in ('lora', 'full'): raise UserError(f'{v} is not in this version; lora and full are')
     return dict(peft=v)
 def _lora_target(v, c): return dict(lora_target_modules='all-linear' if v=='all' else names_list(v))
+
+# %% ../nbs/02e_peer_llamafactory.ipynb #74f173d8
 def _bits(v, c):
     if int(v) not in (4, 8): raise UserError(f'{v} bits are not in this version; 4 and 8 are')
     return {f'load_in_{v}bit': True}
@@ -83,6 +85,8 @@ def _flash_attn(v, c):
     v = 'disabled' if v is False else str(v)
     if v not in _flash: raise UserError(f'{v!r} is no attention of LLaMA-Factory')
     return dict(attn_implementation=_flash[v]) if _flash[v] else ({}, 'sdpa is taken')
+
+# %% ../nbs/02e_peer_llamafactory.ipynb #49a75a0c
 def _lf_template(v, c):
     if v=='default': return dict(chat_template_path='generic'), 'LLaMA-Factory\'s default is a wording of its own'
     return {}, 'the model\'s own chat template is taken, in training as in serving; a base model without one needs chat_template_path'
@@ -101,13 +105,13 @@ def _lf_assumed(c):
 
 _many = 'an optimizer or a variant of LoRA that is not in this version'
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #e8ed2e10
+# %% ../nbs/02e_peer_llamafactory.ipynb #f7dbbc77
 _lf_renamed = dict(
     quantization_type='bnb_4bit_quant_type', double_quantization='use_bnb_nested_quant', default_system='system_prompt',
     early_stopping_steps='early_stopping_patience', pref_beta='beta', kto_chosen_weight='desirable_weight', kto_rejected_weight='undesirable_weight',
     swanlab_run_name='run_name')
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #263ad5ee
+# %% ../nbs/02e_peer_llamafactory.ipynb #bff87a1c
 _lf_reshaped = dict(
     stage=_stage, finetuning_type=finetuning, lora_target=_lora_target, quantization_bit=_bits, quantization_method=_bnb, flash_attn=_flash_attn,
     template=_lf_template, pissa_init=_pissa, max_samples=_samples, pissa_iter=lambda v, c: ({}, 'it is part of init_lora_weights'),
@@ -121,7 +125,7 @@ _lf_reshaped = dict(
     enable_thinking=_only(True, '<think> parts are kept', 'think: strip or ignore_empty says what becomes of <think> parts'),
     preserve_thinking=_only(False, 'the chat template decides', 'the chat template decides it; write one and set chat_template_path'))
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #91cf95ec
+# %% ../nbs/02e_peer_llamafactory.ipynb #982a19d5
 _lf_needless = reasons({
     **started,
     'stage 3 draws the loss': 'plot_loss',
@@ -135,7 +139,7 @@ _lf_needless = reasons({
     'the device is chosen for you': 'quantization_device_map infer_backend infer_dtype',
 })
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #6daff427
+# %% ../nbs/02e_peer_llamafactory.ipynb #7ee2266b
 _lf_refused = reasons({
     preference: 'pref_ftx pref_bco_weight dpo_label_smoothing simpo_gamma ref_model ref_model_adapters ref_model_quantization_bit ld_alpha',
     'rewards are not trained here': 'reward_model reward_model_adapters reward_model_quantization_bit reward_model_type',
@@ -156,7 +160,7 @@ _lf_refused = reasons({
     secret: 'hf_hub_token ms_hub_token om_hub_token swanlab_api_key',
 })
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #11210a72
+# %% ../nbs/02e_peer_llamafactory.ipynb #aa0c4643
 _lf_prefixes = {
     'freeze_': 'layers are frozen by an adapter: peft: lora', 'oft_': _many, 'ppo_': 'rewards are not trained here', 'use_galore': _many, 'galore_': _many,
     'use_apollo': _many, 'apollo_': _many, 'use_badam': _many, 'badam_': _many, 'swanlab_': tracker,
@@ -164,7 +168,7 @@ _lf_prefixes = {
     'use_audio': vision, 'crop_to_patches': vision, 'export_': 'stage 5 exports', 'vllm_': 'it serves models', 'sglang_': 'it serves models', 'use_kt': kernel,
     'kt_': kernel, 'ray_': several, 'profil': 'profiling is no part of a run', 'enable_torch_profiler': 'profiling is no part of a run'}
 
-# %% ../nbs/02e_peer_llamafactory.ipynb #60fe3fc1
+# %% ../nbs/02e_peer_llamafactory.ipynb #4491e438
 llamafactory = Peer(
     'LLaMA-Factory', (
         'stage', 'finetuning_type', 'cutoff_len', 'template', 'lora_rank', 'lora_target', 'dataset_dir', 'quantization_bit', 'plot_loss', 'do_train', 'pref_beta',

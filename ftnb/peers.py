@@ -104,7 +104,7 @@ def hub_split(
     if m[2] and m[3]: return dict(out, weight=int(m[2])/100), 'drawn at random, not the first rows'
     return dict(out, limit=int(m[2])) if m[2] else (out, 'train is the split that is taken')
 
-# %% ../nbs/02b_peers.ipynb #87244913
+# %% ../nbs/02b_peers.ipynb #2ccf369d
 def read_sources(
     key:str, # The key of the list
     entries:list, # Its mappings
@@ -124,11 +124,13 @@ def read_sources(
             elif isinstance(f, str): row('not supported', f) if v not in (False, [], {}) else row('needless', 'off, as it always is here')
             else:
                 try: out = f(v, d)
-                except UserError as e: row('not supported', str(e)); continue
-                except (TypeError, ValueError, AttributeError, ArithmeticError): row('not supported', 'it has not the form that a data set has'); continue
+                except (UserError, TypeError, AttributeError, ArithmeticError) as e:
+                    row('not supported', str(e) if isinstance(e, UserError) else 'it has not the form that a data set has')
+                    continue
                 out, text = out if isinstance(out, tuple) else (out, None)
                 if clash := next((n for n in out if n not in _of_source and fields.get(n, out[n])!=out[n]), None):
-                    row('not supported', f'{clash} is one for all sources, and is {fields[clash]} already'); continue
+                    row('not supported', f'{clash} is one for all sources, and is {fields[clash]} already')
+                    continue
                 fields |= {n:x for n,x in out.items() if n not in _of_source}
                 for n in [n for n in out if n in _of_source]: src[n] = {**src.get(n, {}), **out[n]} if n=='mapping' else out[n]
                 row('mapped' if out else 'needless', (_fields(out)+(f' ({text})' if text else '')) if out else text or 'so it always is here')
@@ -142,7 +144,7 @@ def as_dataset(
     "Sources in their shortest spelling for `dataset`"
     return sources[0]['path'] if len(sources)==1 and list(sources[0])==['path'] else sources
 
-# %% ../nbs/02b_peers.ipynb #ba237407
+# %% ../nbs/02b_peers.ipynb #c9bb82ea
 def names_list(v)->list:
     "Names with commas between them, or a list, as a list"
     return [o.strip() for o in v.split(',') if o.strip()] if isinstance(v, str) else list(v)
@@ -156,7 +158,7 @@ def tracks(name:str):
     "A function that turns a tracker on where the value is true or a name"
     return lambda v, c: dict(report_to=name) if v else ({}, f'{name} is off')
 
-# %% ../nbs/02b_peers.ipynb #1e1a105c
+# %% ../nbs/02b_peers.ipynb #0a6fc1ad
 def hf_assumed(
     conf:dict, # All keys of a file
     rate:float, # The tool's learning rate

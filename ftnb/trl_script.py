@@ -49,12 +49,14 @@ def trainer_values(
     if r.max_steps>0: kw.pop('num_train_epochs', None)
     ev = r.eval_strategy if has_valid else 'no'
     kw = dict(learning_rate=r.learning_rate or (2e-5 if r.peft=='full' else 2e-4), max_length=r.max_length, **kw, train_sampling_strategy=_sampling(run), eval_strategy=ev)
-    if ev=='no': kw.pop('eval_steps', None); kw.pop('per_device_eval_batch_size', None)
+    without = ['eval_steps', 'per_device_eval_batch_size'] if ev=='no' else []
     if r.load_best_model_at_end:
         kw |= dict(save_strategy=ev, metric_for_best_model=r.metric_for_best_model or 'eval_loss')
         if r.eval_steps: kw['save_steps'] = r.eval_steps
-    if kw.get('save_strategy')=='no': kw.pop('save_steps', None); kw.pop('save_total_limit', None)
-    return {**kw, **{k: getattr(r, k) for k in ('fsdp', 'deepspeed') if getattr(r, k)}, **({} if r.report_to=='none' else dict(report_to=r.report_to, run_name=r.run_name or run.name))}
+    if kw.get('save_strategy')=='no': without += ['save_steps', 'save_total_limit']
+    kw = {k:v for k,v in kw.items() if k not in without}
+    more = {k: getattr(r, k) for k in ('fsdp', 'deepspeed') if getattr(r, k)}
+    return {**kw, **more, **({} if r.report_to=='none' else dict(report_to=r.report_to, run_name=r.run_name or run.name))}
 
 # %% ../nbs/43a_trl_script.ipynb #fffff900
 _pick = '''# bfloat16 where the device computes it, float16 on an older GPU, float32 elsewhere.
