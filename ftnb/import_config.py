@@ -89,7 +89,8 @@ def _valid(out):
         out.pop(n)
     return out, why
 
-_paired = ('eval_strategy', 'push_to_hub', 'early_stopping_patience', 'dataloader_persistent_workers', 'dataloader_prefetch_factor', 'temperature', 'top_p', 'top_k', 'load_in_4bit', 'load_in_8bit')
+_paired = ('eval_strategy', 'push_to_hub', 'early_stopping_patience', 'dataloader_persistent_workers', 'dataloader_prefetch_factor',
+    'temperature', 'top_p', 'top_k', 'load_in_4bit', 'load_in_8bit') # alone they contradict a default
 
 # %% ../nbs/43_import_config.ipynb #18f9c388
 def _assume(peer, conf, out):
@@ -129,5 +130,6 @@ def import_config(
     if strict and got.lost:
         r = got.lost[0]
         at = lines.get(r.key.split('[')[0].split('.')[0])
-        raise UserError(f'{path}{f", line {at}" if at else ""}: {r.key}: {r.value} can not be carried ({r.here}){f", nor can {len(got.lost)-1} other keys" if len(got.lost)>1 else ""}; import it without strict for the rest.')
+        more = f', nor can {len(got.lost)-1} other keys' if len(got.lost)>1 else ''
+        raise UserError(f'{path}{f", line {at}" if at else ""}: {r.key}: {r.value} can not be carried ({r.here}){more}; import it without strict for the rest.')
     return got

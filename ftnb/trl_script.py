@@ -12,14 +12,20 @@ from .models import known_models, model_path
 from .runs import Run
 from .tokenizer import load_tokenizer
 
-# %% ../nbs/43a_trl_script.ipynb #dfcee93f
-trl_assumes = dict(packing=False, packing_strategy='bfd', num_train_epochs=3.0, max_steps=-1, per_device_train_batch_size=8, gradient_accumulation_steps=1, lr_scheduler_type='linear', warmup_steps=0,
-    optim='adamw_torch_fused', weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0, label_smoothing_factor=0.0, torch_compile=False, auto_find_batch_size=False, seed=42,
-    full_determinism=False, dataloader_num_workers=0, dataloader_pin_memory=True, dataloader_persistent_workers=False, dataloader_drop_last=False, per_device_eval_batch_size=8, save_strategy='steps', save_steps=500,
-    save_only_model=False, load_best_model_at_end=False, ignore_data_skip=False, logging_steps=10, logging_first_step=False, push_to_hub=False, hub_strategy='every_save', ddp_timeout=1800, use_cpu=False,
-    **{k: None for k in ('lr_scheduler_kwargs optim_args neftune_noise_alpha activation_checkpointing_kwargs tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps data_seed dataloader_prefetch_factor eval_steps '
-        'save_total_limit metric_for_best_model greater_is_better hub_model_id hub_private_repo ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers fsdp_config dataset_num_proc').split()})
-_always = ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'lr_scheduler_type', 'warmup_steps', 'optim', 'weight_decay', 'packing', 'seed', 'logging_steps')
+# %% ../nbs/43a_trl_script.ipynb #6f66f431
+trl_assumes = dict(
+    packing=False, packing_strategy='bfd', num_train_epochs=3.0, max_steps=-1, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+    lr_scheduler_type='linear', warmup_steps=0, optim='adamw_torch_fused', weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0,
+    label_smoothing_factor=0.0, torch_compile=False, auto_find_batch_size=False, seed=42, full_determinism=False, dataloader_num_workers=0,
+    dataloader_pin_memory=True, dataloader_persistent_workers=False, dataloader_drop_last=False, per_device_eval_batch_size=8, save_strategy='steps',
+    save_steps=500, save_only_model=False, load_best_model_at_end=False, ignore_data_skip=False, logging_steps=10, logging_first_step=False, push_to_hub=False,
+    hub_strategy='every_save', ddp_timeout=1800, use_cpu=False,
+    **{k: None for k in (
+        'lr_scheduler_kwargs optim_args neftune_noise_alpha activation_checkpointing_kwargs tf32 torch_compile_backend torch_compile_mode '
+        'torch_empty_cache_steps data_seed dataloader_prefetch_factor eval_steps save_total_limit metric_for_best_model greater_is_better hub_model_id '
+        'hub_private_repo ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers fsdp_config dataset_num_proc').split()})
+_always = ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'lr_scheduler_type', 'warmup_steps', 'optim',
+    'weight_decay', 'packing', 'seed', 'logging_steps')
 _hub = ('hub_model_id', 'hub_strategy', 'hub_private_repo')
 
 def _sampling(run):
@@ -43,20 +49,22 @@ def trainer_values(
     if r.max_steps>0: kw.pop('num_train_epochs', None)
     ev = r.eval_strategy if has_valid else 'no'
     kw = dict(learning_rate=r.learning_rate or (2e-5 if r.peft=='full' else 2e-4), max_length=r.max_length, **kw, train_sampling_strategy=_sampling(run), eval_strategy=ev)
-    if ev=='no': kw.pop('eval_steps', None); kw.pop('per_device_eval_batch_size', None)
+    without = ['eval_steps', 'per_device_eval_batch_size'] if ev=='no' else []
     if r.load_best_model_at_end:
         kw |= dict(save_strategy=ev, metric_for_best_model=r.metric_for_best_model or 'eval_loss')
         if r.eval_steps: kw['save_steps'] = r.eval_steps
-    if kw.get('save_strategy')=='no': kw.pop('save_steps', None); kw.pop('save_total_limit', None)
-    return {**kw, **{k: getattr(r, k) for k in ('fsdp', 'deepspeed') if getattr(r, k)}, **({} if r.report_to=='none' else dict(report_to=r.report_to, run_name=r.run_name or run.name))}
+    if kw.get('save_strategy')=='no': without += ['save_steps', 'save_total_limit']
+    kw = {k:v for k,v in kw.items() if k not in without}
+    more = {k: getattr(r, k) for k in ('fsdp', 'deepspeed') if getattr(r, k)}
+    return {**kw, **more, **({} if r.report_to=='none' else dict(report_to=r.report_to, run_name=r.run_name or run.name))}
 
 # %% ../nbs/43a_trl_script.ipynb #fffff900
 _pick = '''# bfloat16 where the device computes it, float16 on an older GPU, float32 elsewhere.
 if device == 'cuda': compute = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 elif device == 'mps' or sys.platform == 'darwin': compute = torch.bfloat16
 else:
-    flags = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    compute = torch.bfloat16 if any(f in flags for f in ('avx512_bf16', 'amx_bf16')) else torch.float32
+    flags = set(Path('/proc/cpuinfo').read_text().split()) if Path('/proc/cpuinfo').exists() else set()
+    compute = torch.bfloat16 if flags & {'avx512_bf16', 'amx_bf16', 'bf16'} else torch.float32
 '''
 def compute_type(
     run:Run,
@@ -96,11 +104,13 @@ def _quantised(r):
 
 def _model(r):
     "Lines that set `model`"
-    kw = dict(dtype=('code', 'weights'), attn_implementation=r.attn_implementation, device_map=('code', "{'': torch.cuda.current_device() if device == 'cuda' else device}"), use_safetensors=True)
+    kw = dict(dtype=('code', 'weights'), attn_implementation=r.attn_implementation, use_safetensors=True,
+        device_map=('code', "{'': torch.cuda.current_device() if device == 'cuda' else device}"))
     if r.model_revision: kw['revision'] = r.model_revision
     if r.trust_remote_code: kw['trust_remote_code'] = True
     if r.load_in_4bit or r.load_in_8bit: kw['quantization_config'] = ('code', 'quantization')
-    return 'model = '+_call('AutoModelForCausalLM.from_pretrained', kw).replace('(\n', '(\n    model_name,\n', 1)+'''if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
+    call = _call('AutoModelForCausalLM.from_pretrained', kw).replace('(\n', '(\n    model_name,\n', 1)
+    return f'model = {call}'+'''if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
 model.config.pad_token_id = tokenizer.pad_token_id
 model.config.use_cache = False
 '''
@@ -130,8 +140,9 @@ def _args(run, has_valid):
     kw = dict(output_dir=('code', 'output_dir'), **trainer_values(run, has_valid), bf16=('code', 'compute == torch.bfloat16'), fp16=('code', 'compute == torch.float16'),
         gradient_checkpointing=False, activation_checkpointing=('code', on.split('  #')[0]), logging_nan_inf_filter=False)
     if r.use_cpu: kw['dataloader_pin_memory'] = False
-    notes = dict(train_sampling_strategy='rows of like length together: less padding' if kw['train_sampling_strategy']=='group_by_length' else '', fp16='both are named: TRL turns bf16 on where neither is',
-        gradient_checkpointing='TRL turns this older name of the next line on', logging_nan_inf_filter='a loss that is not finite shows in the log', warmup_steps='below 1: a share of all steps' if 0<r.warmup_steps<1 else '')
+    notes = dict(train_sampling_strategy='rows of like length together: less padding' if kw['train_sampling_strategy']=='group_by_length' else '',
+        fp16='both are named: TRL turns bf16 on where neither is', gradient_checkpointing='TRL turns this older name of the next line on',
+        logging_nan_inf_filter='a loss that is not finite shows in the log', warmup_steps='below 1: a share of all steps' if 0<r.warmup_steps<1 else '')
     lines = _call('args = SFTConfig', kw).split('\n')
     return '\n'.join(l+f'  # {notes[k]}' if notes.get(k := l.strip().split('=')[0]) else l for l in lines)
 
@@ -188,9 +199,11 @@ train_rows = load_dataset('parquet', data_files=str(here / 'data/train.tokens.pa
 {_args(run, has_valid)}
 {_trainer(r, has_valid)}'''
 
-# %% ../nbs/43a_trl_script.ipynb #0e1b34a8
-_unsaid = dict(lora_bias='bias', init_lora_weights='init_lora_weights', layers_to_transform='layers_to_transform', layers_pattern='layers_pattern', rank_pattern='rank_pattern', alpha_pattern='alpha_pattern',
-    bnb_4bit_compute_dtype='bnb_4bit_compute_dtype', llm_int8_threshold='llm_int8_threshold', llm_int8_skip_modules='llm_int8_skip_modules', early_stopping_patience='early stopping')
+# %% ../nbs/43a_trl_script.ipynb #d8c18bcc
+_unsaid = dict(
+    lora_bias='bias', init_lora_weights='init_lora_weights', layers_to_transform='layers_to_transform', layers_pattern='layers_pattern',
+    rank_pattern='rank_pattern', alpha_pattern='alpha_pattern', bnb_4bit_compute_dtype='bnb_4bit_compute_dtype', llm_int8_threshold='llm_int8_threshold',
+    llm_int8_skip_modules='llm_int8_skip_modules', early_stopping_patience='early stopping')
 def trl_values(
     run:Run, # With prepared data
     has_valid:bool, # Whether validation rows are copied along
@@ -199,12 +212,14 @@ def trl_values(
     r, t, tok = run.recipe, compute_type(run), load_tokenizer(run.recipe)
     lora, quant = r.peft!='full', {k: getattr(r, k) for k in ('load_in_4bit', 'load_in_8bit') if getattr(r, k)}
     weights = 'float32' if t=='auto' or (r.peft=='full' and r.dtype=='auto') else t
-    out = dict(model_name_or_path=model_path(r.model_name_or_path), dtype=weights, attn_implementation=r.attn_implementation, dataset_name='data', output_dir='output', pad_token=tok.pad_token,
+    out = dict(model_name_or_path=model_path(r.model_name_or_path), dtype=weights, attn_implementation=r.attn_implementation,
+        dataset_name='data', output_dir='output', pad_token=tok.pad_token,
         **{k: getattr(r, k) for k in ('model_revision', 'trust_remote_code') if getattr(r, k)}, **trainer_values(run, has_valid))
     if has_valid: out['dataset_test_split'] = 'validation'
     if t!='auto': out |= dict(bf16=t=='bfloat16', fp16=t=='float16')
     out |= dict(gradient_checkpointing=False, activation_checkpointing=bool(r.activation_checkpointing))
-    if lora: out |= dict(use_peft=True, lora_r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, lora_target_modules=r.lora_target_modules, use_rslora=r.use_rslora, use_dora=r.use_dora, **quant)
+    if lora: out |= dict(use_peft=True, lora_r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout,
+        lora_target_modules=r.lora_target_modules, use_rslora=r.use_rslora, use_dora=r.use_dora, **quant)
     if lora and r.lora_modules_to_save: out['lora_modules_to_save'] = r.lora_modules_to_save
     if r.load_in_4bit: out |= dict(bnb_4bit_quant_type=r.bnb_4bit_quant_type, use_bnb_nested_quant=r.use_bnb_nested_quant)
     d = defaults()

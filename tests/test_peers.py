@@ -183,8 +183,26 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match='exists already'): got.save(tmp_path/'r.yaml')
 
 def test_tables_name_recipe_fields_only():
-    from ftnb.peer_tables import axolotl
     coming = {'beta', 'desirable_weight', 'undesirable_weight', 'precompute_ref_log_probs'} # fields of training on preferences
     for p in peers.values():
         assert not set(p.renamed.values())-set(names)-coming
         assert len(p.known)==sum(map(len, (p.renamed, p.reshaped, p.needless, p.refused, p.nested)))
+
+# The schemas
+
+SCHEMA = {k: ' '.join(v).split() for k,v in json.loads((Path(__file__).parent/'peers'/'schema.json').read_text()).items()}
+
+@pytest.mark.parametrize('which', [k for k in SCHEMA if 'datasets' not in k])
+def test_no_key_of_a_tool_s_own_schema_is_unknown(which):
+    peer = peers[which.split()[0]]
+    assert len(SCHEMA[which])>30 and not [k for k in SCHEMA[which] if k not in peer.nested and read_key(peer, k, True, {}, names)[1].became=='unknown']
+
+def test_no_key_of_an_entry_of_axolotl_s_data_is_unknown():
+    from ftnb.peer_axolotl_data import of_datasets
+    assert not set(SCHEMA['axolotl 0.19.0, datasets'])-set(of_datasets)
+
+def test_no_field_of_the_installed_trl_is_unknown():
+    import dataclasses
+    trl = pytest.importorskip('trl')
+    have = {f.name for c in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments, trl.DPOConfig, trl.KTOConfig, trl.DatasetMixtureConfig) for f in dataclasses.fields(c) if not f.name.startswith('_')}
+    assert len(have)>150 and not [k for k in sorted(have-set(peers['trl'].nested)) if read_key(peers['trl'], k, True, {}, names)[1].became=='unknown']
