@@ -35,9 +35,10 @@ def _one(raw, shape, s, recipe, got):
     if (other := shape_of(row))!=shape.name: return row, f'{other or "unknown columns"} in a file of {shape.name}'
     try: rec = normalise(row, shape.name, recipe.system_prompt)
     except RowFault as e: return row, str(e)
-    rec, reason, counts = policy(rec, recipe.secrets, recipe.private_data, f'{raw.file}, line {raw.line}')
+    new, reason, counts = policy(rec, recipe.secrets, recipe.private_data, f'{raw.file}, line {raw.line}')
     got.private.update(counts)
-    return (rec, reason) if reason is None else ({}, reason) # what was found must not reach the file
+    got.masked += new is not rec
+    return (new, None) if reason is None else ({}, reason) # what was found must not reach the file
 
 def take_in(
     recipe, # A `Recipe`
