@@ -14,10 +14,11 @@ from pathlib import Path
 from .base import Table, UserError, disk_error, file_digest, write_atomic
 from .chat import encode
 from .describe import Describe, QualityReport
-from .gates import Facts, Tally, check_accept, generation_stops, inspect_row, judge, nothing_cut
-from .intake import sift, take_in
+from .gates import Facts, check_accept, generation_stops, judge, nothing_cut
+from .intake import near_notes, sift, take_in
 from .ledger import Ledger
 from .report import html_page
+from .rowcheck import Tally, inspect_row
 from .runs import Run
 from .show import Rows, RowView, token_parts
 from .template import default_date, render, template_hash
@@ -197,7 +198,7 @@ def examine(
         for f in (files or {}).values(): f.close()
     if not rows.count('train'): raise _nothing_left(rows, nothing_cut(Facts(recipe, rows, tok, got.tally, over=got.over)))
     quality = got.describe.report()
-    quality.update(near=near, notes=[*quality['notes'], *_near_note(near)], private=dict(intake.private))
+    quality.update(near=near, notes=[*quality['notes'], *near_notes(near)], private=dict(intake.private))
     report = dict(rows=intake.read, files=_files(rows), splits={s: rows.count(s) for s in got.lens}, aside=sum(w>0 for w in rows.why),
         set_aside=[dict(file=rows.files[rows.file[i]].split('/')[-1], line=rows.line[i], reason=rows.reason(i)) for i in range(len(rows)) if rows.why[i]][:1000],
         lengths={s: describe_lengths(c) for s,c in got.lens.items()}, train_rows=sum(got.lens['train'].values()), train_tokens=got.tokens, trained_tokens=got.trained,
@@ -207,10 +208,6 @@ def examine(
     done = Prepared(report, Rows(show), QualityReport(quality))
     report['line'] = done.line
     return done, rows
-
-def _near_note(near):
-    "What the near rows of a training set deserve"
-    if near['share']>.02: yield dict(check='near', verdict='warn', text=f'{near["extra_rows"]:,} rows ask almost the same as an earlier one; near_duplicates: drop keeps the first of each group')
 
 def _nothing_left(rows, cut):
     "The sentence for data of which no row is left"

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from conftest import make_tiny, short_rows, write_rows
-from ftnb import gates, prepare as stage
+from ftnb import gates, prepare as stage, rowcheck
 from ftnb.base import UserError
 from ftnb.chat import Encoded
 from ftnb.packing import logit_difference, packed_difference, shrink
@@ -128,7 +128,7 @@ def test_an_answer_without_its_end_of_turn_stops(monkeypatch, prep):
 def test_an_answer_of_several_that_is_not_trained_stops(monkeypatch, prep):
     talk = lambda i: dict(messages=[dict(role=r, content=f'{r} {i} {k}') for k in (1, 2) for r in ('user', 'assistant')])
     def last_only(e):
-        s, _ = gates.stretches(e.labels)[-1]
+        s, _ = rowcheck.stretches(e.labels)[-1]
         return Encoded(e.input_ids, [-100]*s+e.labels[s:], e.ends)
     wrong(monkeypatch, last_only)
     stopped(monkeypatch, prep, 'answers_trained', 'an answer without a trained token', rows=[talk(i) for i in range(60)])
