@@ -1,8 +1,8 @@
 """What the vendors' own encoders make of the conversations of `tests/expected/conversations.json`, for tests/test_vendors.py
 
 Each encoder wants an environment of its own, for each brings a package that others trip over:
-    python -m venv /tmp/meta && /tmp/meta/bin/pip install llama-models==0.3.0 && /tmp/meta/bin/python tools/vendor_prompts.py llama
-    python -m venv /tmp/mistral && /tmp/mistral/bin/pip install mistral-common==1.13.1 sentencepiece && /tmp/mistral/bin/python tools/vendor_prompts.py mistral
+    python -m venv meta && meta/bin/pip install llama-models==0.3.0 && meta/bin/python tools/vendor_prompts.py llama
+    python -m venv mistral && mistral/bin/pip install mistral-common==1.13.1 sentencepiece && mistral/bin/python tools/vendor_prompts.py mistral
 """
 import json, sys
 from importlib.metadata import version
