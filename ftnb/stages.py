@@ -116,7 +116,7 @@ def run_stage(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             pm.execute_notebook(str(src), str(out), parameters=values, progress_bar=False, log_output=False, autosave_cell_every=30, request_save_on_cell_execute=False,
-                extra_arguments=['--log-level=ERROR'])
+                extra_arguments=['--log-level=CRITICAL']) # a kernel that is shut down tells of the interrupt as an error
     except pm.PapermillExecutionError as e:
         status = 'refused' if e.ename in ('UserError', 'Stopped') else 'failed'
         end(run, stage, 'stopped' if e.ename=='Stopped' else status, e.evalue.splitlines()[0] if e.evalue else e.ename)
