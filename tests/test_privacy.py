@@ -1,212 +1,283 @@
-"Private data and secrets: what is planted is found, what only looks like it is not, and no value reaches a message"
-import os, string
+"Secrets and private data in rows: found in many spellings, not seen where there are none, masked, dropped or a reason to stop"
+import json, os, random, string, time
 from pathlib import Path
 import pytest
 from ftnb.base import UserError
-from ftnb.privacy import find, find_secret, iban, luhn, mask, mask_record, policy, scan_record
+from ftnb.privacy import find, find_secret, mask, mask_record, place, policy, scan_record, texts
 
-DATA = Path(os.environ.get('FTNB_REAL_DATA') or 'none') # a folder with gsm8k_train_messages.jsonl and medquad_alpaca.jsonl
-def fake(n, letters=string.ascii_letters+string.digits, seed=7):
-    "`n` letters that look drawn by chance; built here so that no scanner takes this file for a leak"
-    out, x = '', seed
-    for _ in range(n):
-        x = (x*1103515245+12345)%2**31
-        out += letters[(x>>16)%len(letters)]
-    return out
-hexa, digits, upper = '0123456789abcdef', string.digits, string.ascii_uppercase+string.digits
-def with_check(body): return next(body+c for c in digits if luhn(body+c))
-def grouped(s, *n):
-    out = []
-    for k in n: out, s = out+[s[:k]], s[k:]
-    return out
-def account(cc, bban):
-    "An account number with the right checksum"
-    return next(a for i in range(2, 99) if iban(a := f'{cc}{i:02}{bban}'))
+ROOT = Path(__file__).parents[1]
+_rng = random.Random(7)
+b62, hexa, low36 = string.ascii_letters+string.digits, '0123456789abcdef', string.ascii_lowercase+string.digits
+def body(n, chars=b62): return ''.join(_rng.choice(chars) for _ in range(n-2)) + 'a7' # every secret here is made up while the test runs
 
-card4, cardm, carda = with_check('4'+'539148803436'+'46'), with_check('5425233430109'+'90'), with_check('37828224631'+'000')
-pem = '-----BEGIN {}PRIVATE'+' KEY-----\n'+fake(64)+'\n'+fake(64)+'\n-----END {}PRIVATE'+' KEY-----'
-PLANTED = [ # (kind, value, the words around it)
-    ('email', 'ann.lee'+'@acme.io', 'Write to {} today.'), ('email', 'j_o+hn-7'+'@mail.uni-bonn.de', 'cc: <{}>, thanks'), ('email', 'BOB'+'@ACME.CO.UK', 'My address is {}, I think.'),
-    ('email', 'x1'+'@sub.domain.travel', '"{}"'), ('email', '2020'+'@nei.nih.gov', 'E-mail: {}\nWebsite: none'),
-    ('phone', '+44 20 7946 '+'0958', 'Ring me on {} after six.'), ('phone', '+49 30 '+'901820', 'Berlin: {}.'), ('phone', '+33 1 42 68 53 '+'00', 'Le numéro est le {}, merci.'),
-    ('phone', '+49 (0)89 636-'+'48018', 'Tel {} works'), ('phone', '+91 98765 '+'43210', 'whatsapp {}'), ('phone', '+81 3-3224-'+'5000', 'Tokyo is {}'), ('phone', '+14155'+'552671', 'dial {} now'),
-    ('phone', '+1 (415) 555-'+'2671', 'Our number: {}, ask for Jo.'), ('phone', '+61 2 9374 '+'4000', 'Sydney office {}; closed on Monday'), ('phone', '+55 11 2395-'+'8400', 'São Paulo {}'),
-    ('phone', '+41 44 668 '+'1800', 'CH {}, 12 people work there'),
-    ('phone', '(415) 555-'+'2671', 'Call {} for help.'), ('phone', '415-555-'+'2671', 'I live at 12 Elm St, {}.'), ('phone', '415.555.'+'2671', 'fax {}'), ('phone', '1-800-422-'+'6237', 'toll free {} (day and night)'),
-    ('phone', '415 555-'+'2671', 'Reach us at {}'), ('phone', '4155'+'552671', 'my cell is {}'), ('phone', '020 7946 '+'0958', 'phone {} in London'), ('phone', '030/90'+'1820', 'Telefon: {} (Berlin)'),
-    ('phone', '0049 30 '+'901820', 'call {}'),
-    ('card', card4, 'I paid with {} yesterday'), ('card', ' '.join(grouped(card4, 4, 4, 4, 4)), 'Card: {}, 12/27'), ('card', '-'.join(grouped(card4, 4, 4, 4, 4)), 'number {}.'), ('card', cardm, 'MasterCard {}'),
-    ('card', ' '.join(grouped(carda, 4, 6, 5)), 'Amex {} cvv 1234'), ('card', with_check('6011'+'00099013942'), 'discover: {}'),
-    ('iban', account('DE', '370400440532013000'), 'Pay to {}.'), ('iban', ' '.join(grouped(account('DE', '370400440532013000'), 4, 4, 4, 4, 4, 2)), 'IBAN {}, please'),
-    ('iban', ' '.join(grouped(account('GB', 'WEST12345698765432'), 4, 4, 4, 4, 4, 2)), '{} is my account'), ('iban', account('FR', '2004101005'+'0500013M02606'), 'virement vers {} THANK YOU'),
-    ('iban', account('NL', 'ABNA0417164300'), 'iban: {}'), ('iban', '-'.join(grouped(account('CH', '00762011623852957'), 4, 4, 4, 4, 4, 1)), 'to {} today'),
-    ('ssn', '536-90-'+'4399', 'My SSN is {}.'), ('ssn', '219-09-'+'9990', 'She wrote {} on the form'), ('ssn', '536 90 '+'4399', 'social security number {}'), ('ssn', '53690'+'4399', 'SSN: {}'),
-    ('ip', '84.200.69.80', 'He came from {} at night'), ('ip', '8.8.4.4', 'ping {} first'), ('ip', '203.5.113.77', '[{}] GET /'), ('ip', '2001:4860:4860::8888', 'It resolves to {}, said the log'),
-    ('ip', '2a00:1450:4001:0830:0000:0000:0000:200e', 'IPv6 {} answered'), ('ip', '9.9.9.9', 'the IP {} is open'),
-    ('aws_key', 'AKIA'+fake(16, upper), 'export AWS_ACCESS_KEY_ID={}'), ('aws_secret_key', fake(40), "aws_secret_access_key = '{}'"),
-    ('github_token', 'ghp_'+fake(36), 'git clone with {} as password'), ('github_token', 'github_pat_'+fake(22)+'_'+fake(59), 'token {}.'), ('github_token', 'ghs_'+fake(40), '`{}`'),
-    ('hf_token', 'hf_'+fake(34), 'login(token="{}")'), ('api_key', 'sk-'+'proj-'+fake(48)+'_'+fake(20), 'OPENAI_API_KEY={}'), ('api_key', 'sk-'+fake(48), 'use {} here'),
-    ('api_key', 'sk-'+'ant-api03-'+fake(93), 'key: {}'), ('api_key', 'sk-'+'or-v1-'+fake(64, hexa), 'router {}'), ('google_key', 'AIza'+fake(35), 'maps?key={}&v=3'),
-    ('slack_token', 'xox'+'b-'+fake(12, digits)+'-'+fake(13, digits)+'-'+fake(24), 'bot {}'), ('slack_token', 'https://hooks.slack.com/'+'services/T'+fake(8, upper)+'/B'+fake(8, upper)+'/'+fake(24), 'post to {} please'),
-    ('stripe_key', 'sk'+'_live_'+fake(24), 'charge with {}'), ('sendgrid_key', 'SG'+'.'+fake(22)+'.'+fake(43), 'mail {} sent'), ('gitlab_token', 'glpat'+'-'+fake(20), 'CI uses {}'),
-    ('npm_token', 'npm'+'_'+fake(36), '//registry/:_authToken={}'), ('pypi_token', 'pypi-'+'AgEIcHlwaS5vcmc'+fake(90), 'twine -p {}'), ('twilio_key', 'SK'+fake(32, hexa), 'twilio {}'),
-    ('mailchimp_key', fake(32, hexa)+'-us'+'12', 'chimp {}'), ('discord_token', 'MT'+fake(22)+'.'+fake(6)+'.'+fake(27), 'client.run("{}")'), ('telegram_token', fake(10, '123456789')+':AA'+fake(33), 'bot {} started'),
-    ('azure_key', 'AccountKey='+fake(86)+'==', 'AccountName=me;{};'), ('vendor_key', 'gsk'+'_'+fake(52), 'groq {}'), ('vendor_key', 'dapi'+fake(32, hexa), 'databricks {}'), ('vendor_key', 'shpat'+'_'+fake(32, hexa), 'shop {}'),
-    ('jwt', 'eyJ'+fake(33)+'.eyJ'+fake(40)+'.'+fake(43), 'Cookie: session={};'), ('token', fake(40), 'Authorization: Bearer {}'),
-    ('private_key', pem.format('RSA ', 'RSA '), 'Here it is:\n{}\nKeep it.'), ('private_key', pem.format('', ''), '{}'), ('private_key', pem.format('OPENSSH ', 'OPENSSH '), 'ssh\n{}'),
-    ('private_key', pem.format('RSA ', 'RSA ').replace('-----\n', '-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0A1B\n\n', 1), 'k\n{}'),
-    ('private_key', pem.format('EC ', 'EC ').replace('\n', '\\n'), '{{"key": "{}"}}'), ('private_key', pem.format('', '').split('\n-----END')[0], 'cut off: {}'),
-    ('password', 'aB3'+'dEf9', 'mysql --password={} db'), ('password', fake(16), 'GET /v1?api_key={}&q=1'), ('password', 'Sommer'+'#24', 'Password is: {}'), ('password', 'x9'+'Kq', '"pwd":"{}"'),
-    ('phone', '07911 12'+'3456', 'you can reach me on {}'), ('phone', '98765 '+'43210', 'mobile: {}'), ('ip', '84.200.69.80', 'see http://{}/x'), ('password', fake(32, hexa), 'x-api-key: {}'), ('password', fake(20), 'token: {}'),
-    ('password', 'abc'+'123!', 'pass: {} ok'), ('card', '.'.join(grouped(card4, 4, 4, 4, 4)), 'it is {}'),
-    ('password', 'tr0ub4'+'dor&3', 'password={}'), ('password', 'hunter'+'2x', 'The password is {}.'), ('password', 'S3cr'+'et!9', 'DB_PASSWORD: {}'), ('password', 'qwe'+'99', "pwd = '{}'"), ('password', 'p@ss-'+'Wd1', '{{"password": "{}"}}'),
-    ('password', fake(24), 'api_key = "{}"'), ('password', fake(30), 'client_secret: {}'), ('password', 'Winter'+'2024', 'user: jo, passwd: {}, host: db'), ('password', fake(20), "access_token='{}'"),
-    ('url_password', 's3cr'+'3tpw', 'postgres://admin:{}@db.acme.io:5432/x'),
+def jwt(): return '.'.join(['ey'+'J'+body(30), 'ey'+'J'+body(60), body(43)])
+def key_block(kind=''): return f'-----BEGIN {kind}PRIVATE'+' KEY-----\n' + '\n'.join(body(64) for _ in range(6)) + f'\n-----END {kind}PRIVATE'+' KEY-----'
+
+# (kind, value, sentence with {} for it)
+SECRETS = [
+    ('aws_key', 'AKI'+'A'+'Q3EGRIFIC7ZLW2JX', 'Set the access id to {} and try again.'),
+    ('aws_key', 'ASI'+'A'+'Y34FZKBOKMUTVV7A', 'temporary: {}'),
+    ('aws_key', body(40), 'aws_secret_key = "{}"'),
+    ('github_token', 'gh'+'p_'+body(36), 'git clone with {} as the password'),
+    ('github_token', 'gh'+'s_'+body(36), 'TOKEN={}'),
+    ('github_token', 'github'+'_pat_'+body(22)+'_'+body(59), 'My new token is {}.'),
+    ('gitlab_token', 'glp'+'at-'+body(20), 'curl --header "X: {}"'),
+    ('hugging_face_token', 'h'+'f_'+body(34), 'login(token="{}")'),
+    ('api_key', 's'+'k-proj-'+body(60), 'openai.api = "{}"'),
+    ('api_key', 's'+'k-'+body(48), 'I pasted {} into the chat'),
+    ('api_key', 's'+'k-ant-api03-'+body(80), 'export KEY={}'),
+    ('api_key', 's'+'k-or-v1-'+body(64, hexa), 'router: {}'),
+    ('api_key', 'gs'+'k_'+body(52), 'Groq gave me {}'),
+    ('api_key', 'nvap'+'i-'+body(64), 'use {} for the endpoint'),
+    ('api_key', 'r'+'8_'+body(37), 'replicate {}'),
+    ('api_key', 'do'+'p_v1_'+body(64, hexa), 'droplet token {}'),
+    ('api_key', 'shp'+'at_'+body(32, hexa), 'the shop uses {}'),
+    ('google_key', 'AI'+'za'+body(35), 'maps?key={}&v=3'),
+    ('slack_token', 'xo'+'xb-'+'123456789012-123456789012-'+body(24), 'bot = "{}"'),
+    ('stripe_key', 's'+'k_live_'+body(24), 'stripe.api = {}'),
+    ('stripe_key', 'r'+'k_test_'+body(24), 'restricted {}'),
+    ('twilio_key', 'A'+'C'+body(32, hexa), 'account {} sends the text messages'),
+    ('sendgrid_key', 'S'+'G.'+body(22)+'.'+body(43), 'mail with {}'),
+    ('mailchimp_key', body(32, hexa)+'-'+'us12', 'list: {}'),
+    ('telegram_token', '812345678'+':'+body(35), 'bot {} is online'),
+    ('npm_token', 'np'+'m_'+body(36), '//registry: _authToken={}'),
+    ('pypi_token', 'py'+'pi-'+'AgEIcHlwaS5vcmc'+body(80), 'twine -p {}'),
+    ('json_web_token', jwt(), 'Cookie: session={}; path=/'),
+    ('access_token', body(40), 'Authorization: Bearer {}'),
+    ('private_key', key_block('RSA '), 'The key:\n{}\nKeep it.'),
+    ('private_key', key_block(), '{}'),
+    ('private_key', key_block('OPENSSH '), 'id_ed25519\n{}\n'),
+    ('password', 'hunter'+'2', 'password={}'),
+    ('password', 'Tr0ub4'+'dor&3', 'The password is {}, do not tell.'),
+    ('password', 'sword'+'fish', "db_password = '{}'"),
+    ('password', 'q7!kkL'+'9', '{{"user": "ann", "password": "{}"}}'),
+    ('password', 'Blue42'+'Sky!x', 'The password for the guest wifi is {}'),
+    ('password', 'k4tz3'+'npf0te', 'Passwort: {}'),
+    ('password', '19472'+'2', 'Login ann, pwd: {}'),
+    ('access_token', body(32), 'auth_token: "{}"'),
+    ('api_key', body(32, hexa), 'API key: {}'),
+    ('api_key', body(32), 'WEATHER_API_KEY={}'),
+    ('url_password', 'p4ss'+'w0rt', 'postgres://app:{}@db.internal:5432/shop'),
 ]
+PRIVATE = [
+    ('email', 'jane.doe'+'@clinic.org', 'Write to {}.'), ('email', 'o.brien+news'+'@mail.example.co.uk', '<{}> wrote:'), ('email', 'j\u00fcrgen'+'@b\u00fccher.de', 'Mail an {}!'),
+    ('email', 'JANE_99'+'@EXAMPLE.COM', 'mailto:{}'), ('email', 'x@y.io', 'contact({})'),
+    ('phone', '+1 212 555 '+'0187', 'Call {} today.'), ('phone', '+1 (212) 555-'+'0187', 'my number: {}'), ('phone', '(415) 555-'+'2671', 'Reach me at {} after six'),
+    ('phone', '415-555-'+'2671', 'Phone 2: {}'), ('phone', '415.555.'+'2671', '{} is the front desk'), ('phone', '1-800-822-'+'7967', 'toll-free {}'),
+    ('phone', '4155552'+'671', 'cell: {}'), ('phone', '+44 20 7946 '+'0958', 'London office {}'), ('phone', '020 7946 '+'0958', 'Tel: {}'), ('phone', '+49 30 90'+'1820', 'Berlin {}'),
+    ('phone', '030 90'+'1820', 'Telefon: {}'), ('phone', '+33 1 42 68 '+'53 00', 'Paris ({})'), ('phone', '06 12 34 '+'56 78', 'mobile: {}'), ('phone', '+91 98765 '+'43210', 'WhatsApp {}'),
+    ('phone', '+81-3-1234-'+'5678', 'Tokyo {}'), ('phone', '+61 2 9374 '+'4000', 'Sydney: {}'), ('phone', '+552123456'+'789', 'Rio {}'), ('phone', '0044 20 7946 '+'0958', 'from abroad {}'),
+    ('phone', '555-01'+'42', 'call {} and ask for Bob'), ('phone', '415-555-2671 ext. '+'12', 'office {}'),
+    ('card', '4111 1111 1111 '+'1111', 'Pay with {} please'), ('card', '4111-1111-1111-'+'1111', 'card {}'), ('card', '55555555555'+'54444', 'charged {}'), ('card', '3782 822463 '+'10005', 'Amex {}, exp 04/29'),
+    ('card', '6011 0009 9013 '+'9424', 'no. {}'), ('card', '30569309025'+'904', 'Diners {}'),
+    ('iban', 'DE89 3704 0044 0532 '+'0130 00', 'Please send it to {} by Friday.'), ('iban', 'GB29NWBK6016'+'1331926819', 'IBAN: {}'), ('iban', 'FR14 2004 1010 0505 0001 '+'3M02 606', '{} (BNP)'),
+    ('iban', 'nl91 abna 0417 1643 '+'00', 'konto {}'), ('iban', 'CH93-0076-2011-6238-'+'5295-7', 'to {}'),
+    ('ssn', '078-05-'+'1120', 'His SSN is {}.'), ('ssn', '457-55-'+'5462', 'applicant {} born 1970'), ('ssn', '4575554'+'62', 'SSN: {}'), ('ssn', '457 55 '+'5462', 'social security number is {}'),
+    ('ip_address', '203.0.113.'+'42', 'The request came from {}.'), ('ip_address', '81.2.69.'+'160', 'banned {} yesterday'), ('ip_address', '81.2.69.'+'160', 'http://{}:8080/x'),
+    ('ip_address', '2001:db8:85a3::8a2e:370:'+'7334', 'from {} port 22'), ('ip_address', '2a00:1450:4001:81b:0:0:0:'+'200e', 'resolved to {}'), ('ip_address', '2001:db8::'+'1', 'ping {}'),
+]
+NEAR = '''Your order number is 4155551234 and ships on 2019-05-03.
+Order 4111111111111112 was cancelled.
+The ISBN is 978-0-306-40615-7.
+ISBN 9780306406157, second edition.
+1234-5678 = -4444
+48/2 = <<48/2=24>>24 clips, then 48+24 = <<48+24=72>>72 clips.
+He pays 450,000-2000=$<<450000-2000=448000>>448,000 in all.
+Upgrade to version 1.2.3.4 first.
+Chrome/120.0.6099.130 on Windows
+Firmware 10.4.12.1 fixes it.
+See section 3.2.1.14 of the report.
+Release v4.18.240.1 is out.
+commit 9fceb02d0ae598e95dc970b74767f19372d61af8
+md5 d41d8cd98f00b204e9800998ecf8427e
+sha256 e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855
+id 550e8400-e29b-41d4-a716-446655440000
+Your password is required to sign in.
+Choose a password: at least 8 characters.
+The password must contain 12-16 letters.
+password: 8-character minimum
+I forgot my password. It was reset.
+A secret is something you keep: never tell.
+The secret to a good soup: 3 onions.
+password = os.environ["DB_PASSWORD"]
+password = getpass.getpass()
+self.password = user.password_hash
+password="<PASSWORD>"
+api_key = "YOUR_API_KEY_HERE_PLEASE"
+api_key: ${API_KEY_FROM_VAULT_1}
+token = tokenizer.encode(text)[0]
+max_tokens: 4096, tokens = 128000
+The key: 12 / 4 = 3.
+The token is a word piece such as "ing".
+The train leaves at 12:30:45 and arrives at 14:05:00.
+It takes 10-15 minutes, or 20-25.
+Open 9:00-17:00, Mon-Fri.
+From 1995-2005 and 2009-2010.
+Dates: 12/05/2019, 2020.01.15, 03-04-2021
+The area is 1200 x 3400 x 5600 mm.
+Pi is 3.14159265358979323846.
+0.4111111111111111 of the total
+Numbers: 100 200 3000 and 250 300 4000
+1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+1 2 3 4 5 6 7 8 9 10 11 12
+A population of 1 400 000 000 people.
+$415-555-2671 is no price.
+Call 911 in an emergency.
+Part no. 123-45-678 fits.
+Bethesda, MD 20892-3655
+EAN 4006381333931, SKU 00012345678905
+Tracking 1Z999AA10123456784
+VIN 1HGCM82633A004352
+server at 127.0.0.1:8000, router 192.168.0.1, 10.0.0.7
+use 8.8.8.8 as the name server
+::1 and fe80::1 are local
+std::vector<int> a::b::c
+The MAC is 00:1B:44:11:3A:B7.
+@app.route and @media, 3 @ 4 each
+logo@2x.png and icon@3x.jpg
+git clone git@github.com:owner/name.git
+Follow @jane_doe for more.
+The css class sk-fading-circle-animation-delay-long
+a sk-learn pipeline; task-2-of-3-in-the-long-list-of-tasks
+hf_model_name_or_path_of_the_run
+-----BEGIN PUBLIC KEY----- is not secret
+A file that begins with the words PRIVATE KEY.
+GB00 is not an account, nor DE12 3456.
+AB12 3456 7890 1234 5678
+The unix time 1700000000000 in ms, 1700000000 in s
+doi:10.1000/182.345.678, arXiv:2305.14314
+gene 22q11.2, chromosome 4p16.3, OMIM 300624
+serum ferritin (850-4000 ng/mL), 1000-3000 mol/L
+2000 Nov;45(6):3-12. PMID 11132098
+The ratio was 16:9:4:1 in 2001:2002.
+type="password" name="password" placeholder="Password"
+"password": "string", "secret": "required"
+basic authorization: see the manual
+eyJust kidding.
+postgres://localhost:5432/shop and http://host:8080/a@b
+PINs have 4 digits: 0000 to 9999
+lat 52.520008, lon 13.404954
+IPv4 has 4 octets such as 255.255.255.255
+phone the office before 10 30 and 11 45
+MBart50TokenizerFast = MBart50Tokenizer
+per_token_cast_to_fp8=per_token_cast_to_fp8, pad_token_id = config.t2u_pad_token_id
+# First pass: decided_mask==0, every element
+Decimal('+35236450.6'), z +6073641856.9
+remote: 'git@github.com', '/user/project' is a remote
+https://ann@files.example.org/a is a user of a host'''.splitlines()
 
-NEAR = ['order 4155552671 was shipped', 'Order no. 1234-5678-9012', 'ISBN 978-3-16-148410-0', 'ISBN 9783161484100 in print', 'on 2024-11-25 at 12:30:45', '25.11.2024', '11/25/2024 10:15:30.123',
-    '1234-5678 = -4444', '48/2 = <<48/2=24>>24 clips', '100 + 200 + 3000 = <<100+200+3000=3300>>3300', '300 400 5000', '555-1234 is a difference', '2000000 - 1500000 = 500000', '$1,234,567.89',
-    'version 1.2.3.4', 'v10.200.3.4', 'upgrade to 5.15.0.139', 'release 120.0.6099.109', 'section 4.12.3.25', 'localhost is 127.0.0.1', 'router at 192.168.1.1', '10.0.0.1 and 172.16.254.1', 'mask 255.255.255.0', 'bind 0.0.0.0',
-    'fe80::1 and ::1', 'std::vector and Foo::Bar', 'at 10:20:30:40', 'MAC 00:1B:44:11:3A:B7', fake(40, hexa), 'sha256 '+fake(64, hexa), 'md5 '+fake(32, hexa), 'commit '+fake(7, hexa), 'id 550e8400-e29b-41d4-a716-446655440000',
-    'Choose a password that is long.', 'The password must have 8 characters', 'Password: required', 'Your secret is safe with me', 'The secret: work hard', 'password = getpass()', 'password = os.environ["DB_PW1"]', 'pwd = self.config.pw1', 'api_key = "YOUR_API_KEY"',
-    'api_key=<your key 1>', 'password: ********', 'token = 5', 'The secret is 12 eggs', 'secret number = 42', 'key: 3', 'sk-learn and sk-hynix are names', 'sk-this-is-only-a-slug-made-of-words', 'hf_hub_download(repo_id)', 'ghp_short', 'AKIA'+'IOSFODNN7EXAMPLE',
-    'npm_config_registry', '4111 1111 1111 1112', '1234567812345678', '12345678901234567890', 'pi is 3.14159265358979323846', 'GB82 is half an account', 'DE00 1234 5678 9012 3456 78', 'part AB12 3456 7890',
-    'tracking 1Z999AA10123456784', '900-12-3456', '000-12-3456', '123-00-4567', 'pages 100-150-2000', 'he ran 100-400-2000 m', 'scores 21-15-2024', '@home and me@work', 'icon@2x.png', 'git@github.com:me/x.git', 'a @ b . c', 'pkg@1.2.3', 'user@localhost',
-    'call 12345', 'I call 3 of 4 friends 200 times', 'text 1000 people in 2 days', 'phone costs 1200 dollars, 24 months', '2020 2021 2022 2023 2024', '1 2 3 4 5 6 7 8 9 10', '5551234567890123 * 2', '12 x 3456789012', 'https://acme.io/1234567890?x=9876543210',
-    'https://acme.io:8080/path', 'ratio 16:9:4', 'begin private key exchange', 'bearer of bad news', 'lat 52.520008, lon 13.404954', 'DOI 10.1000/182.4567.8901', '+5 degrees and +1234', 'x+1234567', 'a = 5 +4155552671', 'p**3 +15625000000*q**2', 'x[2::3] + x[3::17]', 'dtype 2::', 'multicast 224.0.0.251', 'password = password1', 'mongodb://{user}:{password}@{host}', 'https://user:'+'password@host.de', 'y = X@self.weights', 'Mobile sales grew from 2012345678 to 3012345678', 'the text has 2024561111 letters', 'access_token: string2', "api_key = 'test123'", 'let token = tokens[i+1];', 'A@np.linalg.inv(B)', 'room 415-555', 'ICD-10: 250.00-250.93']
+def planted():
+    for kind,value,sentence in SECRETS+PRIVATE:
+        if '{{' in sentence: yield kind, value, sentence.format(value)
+        else: yield kind, value, sentence.replace('{}', value)
 
-@pytest.mark.parametrize('kind, value, around', PLANTED, ids=[f'{k}-{i}' for i,(k,_,_) in enumerate(PLANTED)])
-def test_a_planted_value_is_found_whole(kind, value, around):
-    t = around.format(value)
-    a = t.index(value)
-    fs = find(t)
-    assert any(f.start<=a and a+len(value)<=f.end and f.kind==kind for f in fs), [f.kind for f in fs]
-    assert value not in mask(t, fs)
-    assert len(mask(t, fs))<=len(t)-len(value)+60
+def test_the_sets_are_large_enough_to_mean_something(): assert len(SECRETS)+len(PRIVATE)>=85 and len(NEAR)>=75 and len({k for k,*_ in SECRETS})>=18
 
-@pytest.mark.parametrize('text', NEAR, ids=range(len(NEAR)))
-def test_what_only_looks_like_it_is_left_alone(text):
-    assert not [(f.kind, text[f.start:f.end]) for f in find(text)+find(f'She said: {text}, and went on.')]
+@pytest.mark.parametrize('kind, value, text', [pytest.param(*o, id=f'{i}-{o[0]}') for i,o in enumerate(planted())])
+def test_a_planted_value_is_found_whole_with_its_kind(kind, value, text):
+    at = text.index(value)
+    assert [(f.kind, f.start, f.end) for f in find(text)]==[(kind, at, at+len(value))]
 
-def test_there_are_enough_of_both():
-    assert len(PLANTED)>=60 and len(NEAR)>=60 and len({k for k,_,_ in PLANTED})>=24
+@pytest.mark.parametrize('text', NEAR)
+def test_what_only_looks_like_one_is_left_alone(text): assert find(text)==[]
 
-@pytest.mark.parametrize('style, around', [('INTERNATIONAL', 'My number is {}, write soon.'), ('E164', 'Reach me: {}.')])
-def test_the_numbers_of_nearly_every_country_are_found_with_a_plus(style, around):
-    import phonenumbers as P
-    ns = [n for r in P.SUPPORTED_REGIONS for k in (P.PhoneNumberType.MOBILE, P.PhoneNumberType.FIXED_LINE) if (n := P.example_number_for_type(r, k))]
-    said = [P.format_number(n, getattr(P.PhoneNumberFormat, style)) for n in ns]
-    got = [any(f.kind=='phone' and f.end-f.start==len(s) for f in find(around.format(s))) for s in said]
-    assert len(ns)>400 and sum(got)>=.98*len(got)
-
-def sample_rows(name, n):
-    path = DATA/name
-    if not path.exists(): pytest.skip(f'{name} is not here')
-    import json, random
-    with path.open(encoding='utf-8') as f: rows = [json.loads(l) for l in f]
-    return random.Random(0).sample(rows, min(n, len(rows)))
-
-def test_the_quick_look_loses_nothing_on_planted_texts():
-    ts = [around.format(v) for _,v,around in PLANTED]
-    for t in [*ts, *NEAR, *(f'{"a b "*200}{t} and {"c-d_e "*50}' for t in ts)]: assert find(t)==find(t, fast=False)
-
-@pytest.mark.parametrize('name', ['gsm8k_train_messages.jsonl', 'medquad_alpaca.jsonl'])
-def test_the_quick_look_loses_nothing_on_real_rows(name):
-    for r in sample_rows(name, 1500):
-        t = str(r)
+def test_the_fast_way_finds_what_the_slow_way_finds():
+    for *_,text in planted():
+        for t in (text, f'\u201cSo\u201d, {text}', f'{text}\n{text}', text.replace(' ', '\u00a0')): assert find(t)==find(t, fast=False)
+    for t in NEAR: assert find(t)==find(t, fast=False)
+    for _ in range(60): # planted values between near misses
+        t = ' '.join(_rng.sample(NEAR, 3)+[_rng.choice(list(planted()))[2]]+_rng.sample(NEAR, 2))
         assert find(t)==find(t, fast=False)
 
-@pytest.mark.parametrize('name, most', [('gsm8k_train_messages.jsonl', 0), ('medquad_alpaca.jsonl', 25)])
-def test_real_rows_are_not_flagged_for_nothing(name, most):
-    rows = sample_rows(name, 10**6)
-    assert sum(bool(find(' '.join(map(str, r.values())))) for r in rows)<=most
+@pytest.mark.parametrize('gate', ['credentials._may', 'private._marks'])
+def test_a_gate_that_loses_findings_is_noticed(gate, monkeypatch):
+    monkeypatch.setattr(f'ftnb.{gate}', lambda text: {} if 'may' in gate else dict(digits=False, iban=False, at=False, ip=False))
+    assert sum(find(t)!=find(t, fast=False) for *_,t in planted())>20
 
-GH, MAIL = 'ghp_'+fake(36), 'ann.lee'+'@acme.io'
-def chat(q, a, **k): return dict(messages=[dict(role='system', content='Be kind.'), dict(role='user', content=q), dict(role='assistant', content=a, **k)])
+@pytest.mark.parametrize('name', ['gsm8k_train_messages', 'medquad_alpaca'])
+def test_the_fast_way_loses_nothing_on_real_rows(name):
+    path = next((p for p in [Path(os.environ.get('FTNB_REAL_DATA') or 'none')/f'{name}.jsonl'] if p.exists()), None)
+    if path is None: pytest.skip('the real data is not here')
+    rows = _rng.sample(path.read_text().strip().split(chr(10)), 1000)
+    for _,t in (o for r in rows for o in texts(json.loads(r))): assert find(t)==find(t, fast=False)
 
-def test_no_value_is_in_what_a_person_or_a_log_reads():
-    rec = chat(MAIL, GH)
-    found = scan_record(rec)
-    seen = repr(found)+str(found)+repr([str(p) for p,_ in found])+str(policy(rec)[1:])+find_secret(rec)
-    with pytest.raises(UserError) as e: policy(rec, 'stop', where='a.jsonl, line 3')
-    assert GH not in seen+str(e.value) and MAIL not in seen+str(e.value)
+def test_masked_text_is_readable_and_clean():
+    text = '\n'.join(t for *_,t in planted())
+    out = mask(text, find(text))
+    assert not [v for _,v,_ in planted() if len(v)>9 and v in out]
+    assert find(out)==[]
+    t = f'Ann, {PRIVATE[0][1]} or {PRIVATE[5][1]}, uses {SECRETS[0][1]}.'
+    assert mask(t, find(t))=='Ann, <EMAIL> or <PHONE>, uses <AWS_KEY>.'
 
-def test_a_secret_sets_the_row_aside_and_says_what_and_where():
-    rec, reason, counts = policy(chat('hi', f'use {GH}'))
-    assert reason=='a GitHub token in the answer' and counts=={'github_token': 1}
-    assert policy(chat(MAIL, 'ok'), private_data='drop')[1]=='an e-mail address in the question'
+def test_no_finding_ever_shows_the_value():
+    for kind,value,text in planted():
+        rec = dict(text=text)
+        said = repr(find(text))+repr(scan_record(rec))+str(find_secret(rec))+str(policy(rec, 'drop', 'drop')[1:])
+        with pytest.raises(UserError) as e: policy(rec, 'stop', 'stop', where='a.jsonl, line 3')
+        assert value not in said+str(e.value) and str(e.value).startswith('a.jsonl, line 3: a')
 
-def test_a_clean_row_is_the_same_object():
-    rec = chat('hi', 'there')
-    assert policy(rec, 'mask', 'mask')==(rec, None, {}) and policy(rec, 'mask', 'mask')[0] is rec
-
-def test_reported_rows_are_counted_and_kept_as_they_are():
-    rec = chat(f'{MAIL} and {MAIL}', 'ok')
-    got, reason, counts = policy(rec)
-    assert got is rec and reason is None and counts=={'email': 1}
-
-def test_a_masked_row_is_new_and_the_given_one_untouched():
-    rec = chat(f'mail {MAIL}', f'use {GH} now')
-    got, reason, counts = policy(rec, 'mask', 'mask')
-    assert got is not rec and reason is None and counts=={'email': 1, 'github_token': 1}
-    assert [m['content'] for m in got['messages']]==['Be kind.', 'mail <EMAIL>', 'use <GITHUB_TOKEN> now']
-    assert rec==chat(f'mail {MAIL}', f'use {GH} now')
-    assert policy(got, 'mask', 'mask')[1:]==(None, {}), 'masked once is clean'
-
-def test_only_the_group_that_is_masked_is_masked():
-    got = policy(chat(MAIL, GH), 'mask', 'report')[0]
-    assert got['messages'][1]['content']==MAIL and got['messages'][2]['content']=='<GITHUB_TOKEN>'
-
-def test_a_dropped_row_is_dropped_though_the_other_group_is_masked():
-    assert policy(chat(MAIL, GH), 'drop', 'mask')[1]=='a GitHub token in the answer'
-
-def test_stop_names_the_line_and_the_way_out():
-    with pytest.raises(UserError, match='a.jsonl, line 3: a GitHub token in the answer; .* set secrets to mask or drop'): policy(chat(MAIL, GH), 'stop', where='a.jsonl, line 3')
-    with pytest.raises(UserError, match='an e-mail address in the question; .* set private_data to'): policy(chat(MAIL, GH), 'drop', 'stop')
-
-call = dict(tool_calls=[dict(type='function', function=dict(name='send', arguments=dict(to=[dict(mail=MAIL)], n=3)))])
+GH, MAIL = SECRETS[3][1], PRIVATE[0][1]
+def chat(q='hi', a='hello', **k): return dict(messages=[dict(role='user', content=q), dict(role='assistant', content=a, **k)])
+def call(args): return [dict(id='1', type='function', function=dict(name='send', arguments=args))]
 @pytest.mark.parametrize('rec, where', [
-    (chat('q', 'a', **call), 'a tool call'), (chat('q', 'a', reasoning_content=MAIL), 'the reasoning of the answer'), (dict(text=f'x {MAIL}'), 'the text'),
-    (dict(messages=[dict(role='tool', content=MAIL)]), 'the tool message'), (dict(messages=[dict(role='system', content=MAIL)]), 'the system message'),
-    (dict(prompt=[dict(role='user', content=MAIL)], chosen=[dict(role='assistant', content='a')], rejected=[dict(role='assistant', content='b')]), 'the question'),
-    (dict(prompt=[dict(role='user', content='q')], chosen=[dict(role='assistant', content=MAIL)], rejected=[dict(role='assistant', content='b')]), 'the chosen answer'),
-    (dict(prompt=[dict(role='user', content='q')], chosen=[dict(role='assistant', content='a')], rejected=[dict(role='assistant', content=MAIL)]), 'the rejected answer'),
-    (dict(prompt=[dict(role='user', content='q')], completion=[dict(role='assistant', content=MAIL)], label=True), 'the answer'),
-    (dict(messages=[dict(role='user', content='q')], tools=[dict(type='function', function=dict(name='f', description=MAIL))]), 'the tools'),
-], ids=lambda v: v if isinstance(v, str) else '')
-def test_every_text_of_a_record_is_looked_at_and_can_be_masked(rec, where):
-    assert [(str(p), f.kind) for p,f in scan_record(rec)]==[(where, 'email')]
-    got = mask_record(rec, scan_record(rec))
-    assert MAIL not in repr(got) and '<EMAIL>' in repr(got) and MAIL in repr(rec)
-    assert got.keys()==rec.keys() and not scan_record(got)
+    (dict(text=f'x {GH}'), 'the text'), (chat(q=GH), 'the question'), (chat(a=GH), 'the answer'),
+    (dict(messages=[dict(role='system', content=GH), *chat()['messages']]), 'the system message'),
+    (dict(messages=[dict(role='tool', name='f', content=GH), *chat()['messages']]), 'the tool message'),
+    (chat(tool_calls=call(json.dumps(dict(to=GH)))), 'a tool call'), (chat(tool_calls=call(dict(to=dict(deep=[GH])))), 'a tool call'),
+    (chat(reasoning_content=GH), 'the answer'), (dict(prompt=GH, completion='x'), 'the question'), (dict(prompt='x', completion=GH), 'the answer'),
+    (dict(prompt='x', chosen=GH, rejected='y'), 'the chosen answer'), (dict(prompt='x', chosen='y', rejected=GH), 'the rejected answer'),
+    (dict(chosen=chat()['messages'], rejected=chat(a=GH)['messages']), 'the rejected answer'),
+    (dict(prompt=[dict(role='user', content=GH)], chosen=[dict(role='assistant', content='a')], rejected=[]), 'the question'),
+    (dict(tools=[dict(type='function', function=dict(description=GH))], **chat()), 'the tools')])
+def test_a_key_is_found_and_masked_in_every_part_of_a_record(rec, where):
+    before = json.dumps(rec)
+    (path, f), = scan_record(rec)
+    assert place(rec, path)==where and find_secret(rec)==f'a GitHub token in {where}'
+    assert policy(rec)[1]==f'a GitHub token in {where}'
+    out, why, n = policy(rec, secrets='mask')
+    assert why is None and n==dict(github_token=1) and json.dumps(rec)==before
+    assert json.dumps(out)==before.replace(GH, '<GITHUB_TOKEN>')
 
-def test_a_password_in_an_address_is_told_once_and_is_no_mail():
-    t = 'https://bob:'+'s3cr3tpw@acme.io/x'
-    assert [f.kind for f in find(t)]==['url_password'] and mask(t, find(t))=='https://bob:<URL_PASSWORD>@acme.io/x'
+def test_the_name_of_an_argument_tells_what_its_value_is():
+    rec = chat(tool_calls=call(dict(password='sword'+'fish', phone='020 7946 '+'0958', card=int('4111'*1+'1'*12), count=12, note='fine')))
+    assert [f.kind for _,f in scan_record(rec)]==['password', 'phone', 'card']
+    assert mask_record(rec, scan_record(rec))['messages'][1]['tool_calls'][0]['function']['arguments']==dict(password='<PASSWORD>', phone='<PHONE>', card='<CARD>', count=12, note='fine')
 
-def test_many_findings_take_no_longer_than_their_number():
-    import time
+def test_json_arguments_stay_json_when_masked():
+    args = json.dumps(dict(user=MAIL, password='k4tz3'+'npf0te', n=3))
+    rec = chat(tool_calls=call(args))
+    out = mask_record(rec, scan_record(rec))
+    assert json.loads(out['messages'][1]['tool_calls'][0]['function']['arguments'])==dict(user='<EMAIL>', password='<PASSWORD>', n=3)
+
+def test_each_choice_does_what_it_says():
+    rec = chat(q=f'I am {MAIL}', a=f'use {GH}')
+    assert policy(rec)==(rec, 'a GitHub token in the answer', dict(email=1, github_token=1))
+    out, why, _ = policy(rec, 'mask', 'report')
+    assert why is None and out['messages'][0]==rec['messages'][0] and out['messages'][1]['content']=='use <GITHUB_TOKEN>'
+    assert policy(rec, 'mask', 'mask')[0]==chat(q='I am <EMAIL>', a='use <GITHUB_TOKEN>')
+    assert policy(rec, 'mask', 'drop')[1]=='an e-mail address in the question'
+    with pytest.raises(UserError, match='^d.jsonl, line 9: an e-mail address in the question; take it out, or set private_data: mask or drop.$'): policy(rec, 'drop', 'stop', where='d.jsonl, line 9')
+    with pytest.raises(UserError, match="private_data: 'reprot' is not known.*Did you mean 'report'"): policy(rec, 'drop', 'reprot')
+    clean = chat()
+    assert policy(clean, 'stop', 'stop')==(clean, None, {}) and policy(clean)[0] is clean
+
+@pytest.mark.parametrize('piece', ['a', '1', '-', '=', '1-', '1 ', 'a@', '@', 'a.', '1.', ':', '2001:', 'password', 'password is ', '://a:', 'sk-', 'ey'+'J', 'A1', 'DE89 ', '"', '\u00e9', '\u0661', '(', '+1 ', 'x@x.',
+    '-----BEGIN '+'PRIVATE KEY-----', 'aws key ', 'bearer ', '555-1234 ', '+1 301 435 3848 ', 'a@b.org ', 'call 555-1234 ', 'password=a1b2c3d4 '])
+def test_a_huge_row_of_one_sign_takes_seconds_not_hours(piece):
     t = time.process_time()
-    text = ' '.join(f'user{i}'+'@acme.io' for i in range(30_000))
-    rec = dict(messages=[dict(role='user', content=MAIL)]*5_000+[dict(role='assistant', content=text)])
-    got, reason, counts = policy(rec, 'mask', 'mask')
-    assert got['messages'][-1]['content'].count('<EMAIL>')==30_000 and counts=={'email': 1}
-    assert time.process_time()-t<10
+    t0 = piece*(200_000//len(piece))
+    mask(t0, find(t0))
+    assert time.process_time()-t<8
 
-@pytest.mark.parametrize('text', ['a'*200_000, '1'*200_000, '1-'*100_000, '+1 '*60_000, 'a.'*100_000+'@', '@'*100_000, '::'*100_000, 'password='*20_000, 'eyJ'*50_000, 'sk-'*60_000, '://a:'*40_000, 'DE89 '*40_000,
-    '-----BEGIN PRIVATE'+' KEY-----'+'a'*200_000, ('-----BEGIN PRIVATE'+' KEY-----')*5_000, 'call 1 '*30_000, '1.'*100_000, 'aws key '*25_000, 'password is '*20_000, 'SG'+'.'*100_000, 'a:1:'*50_000], ids=range(20))
-def test_a_hostile_text_takes_no_longer_than_its_length(text):
-    import time
-    t = time.process_time()
-    find(text)
-    assert time.process_time()-t<5, 'quadratic in the length'
+def test_odd_text_is_no_trouble():
+    for t in ('', ' ', '\ud800 password: x', '\x00'*50, '\u202e@', '\u0661'*20, '1'*5000, '+'*100, '\ufeff'+MAIL, '1.2.3.\u0661', '\u0661.2.3.4 from 81.2.69.\u0661\u0660', '4111 1111 1111 111\u0661', '2001:db8::\u0661'): find(t), find(t, fast=False)
 
 def test_the_policies_of_a_recipe_reach_the_rows(tmp_path, tiny):
     from conftest import short_rows, write_rows
     from ftnb.prepare import prepare
     from ftnb.recipe import make_recipe
     from ftnb.runs import Run
-    mail, key = 'jo'+'@acme.io', 'ghp'+'_'+fake(36)
+    mail, key = 'jo'+'@acme.io', 'ghp'+'_'+body(36)
     data = write_rows(tmp_path/'a.jsonl', [*short_rows(60), dict(prompt=f'I am {mail} and wait', completion='yes'), dict(prompt='Which key?', completion=key)])
     def go(**kw):
         run = Run(tmp_path/'run', make_recipe(dict(dataset=data, model_name_or_path=tiny, **kw)))
