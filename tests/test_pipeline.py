@@ -62,16 +62,16 @@ def test_show_ls_and_chat_answer(work):
 
 def test_a_killed_kernel_is_said_and_the_next_call_goes_on(work, tmp_path):
     (tmp_path/'settings.ini').write_text('[ftnb]\nruns = runs\n')
-    args = ['run', 'demo', '--to', 'train', *pairs(max_steps=40, save_steps=1, max_train_samples=40)]
+    args = ['run', 'demo', '--to', 'train', *pairs(max_steps=14, save_steps=1, max_train_samples=40)]
     p = subprocess.Popen([*FTNB, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
     state, t = tmp_path/'runs/demo/state.json', time.time()
     while time.time()-t<240 and not list((tmp_path/'runs/demo/checkpoints').glob('checkpoint-*/trainer_state.json')): time.sleep(.2)
     os.kill(json.loads(state.read_text())['train']['pid'], signal.SIGKILL)
     out, err = p.communicate(timeout=120)
     assert p.returncode==137 and 'killed' in err and 'memory' in err, err
-    q = ftnb(*args[:-2], *('-p', 'max_steps=40'), '-p', 'max_train_samples=40', cwd=tmp_path)
+    ftnb(*args, cwd=tmp_path)
     rep = json.loads((tmp_path/'runs/demo/reports/train.json').read_text())
-    assert rep['resumed_from'] and rep['steps']==40
+    assert rep['resumed_from'] and rep["steps"]==14
 
 def test_ctrl_c_keeps_a_checkpoint_and_exits_130(tmp_path):
     (tmp_path/'settings.ini').write_text('[ftnb]\nruns = runs\n')
