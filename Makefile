@@ -46,6 +46,7 @@ docs: setup
 bench: setup
 	@$(PY) bench/speed.py
 	@$(PY) bench/overhead.py
+	@$(PY) tools/measured.py
 
 clean:
 	rm -rf $(VENV) _docs _proc reference build *.egg-info

@@ -1,0 +1,26 @@
+"Write measured.qmd from the results in bench/results/: what was measured, with which command, on which machine."
+import json
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+def load(n):
+    p = root/'bench/results'/f'{n}.json'
+    return json.loads(p.read_text()) if p.exists() else None
+def table(rows, cols):
+    return '\n'.join(['| '+' | '.join(cols)+' |', '|'+'---|'*len(cols), *('| '+' | '.join(str(r[c]) for c in cols)+' |' for r in rows)])
+
+def main():
+    out = ['---\ntitle: Measured\n---\n\nRatios between two things run in turn, medians of several runs; the files with every run, versions and processor lie in `bench/results/`. Machines are noisy: a ratio carries over, a time does not.\n']
+    if r := load('demo'): out.append(f'## The demo\n\n`{r["command"]}` in a fresh clone, after installation, {r["hardware"]}: {r["text"]}\n\n'+table(r['metrics'], ['metric', 'base', 'tuned', 'difference', 'interval']))
+    if r := load('speed'): out.append(f'## Training speed\n\n`{r["command"]}`. Trained tokens per second inside `train()` from step 3 on, against plain `SFTTrainer` with its defaults on the same labels, adapter, batch and rows: **{r["ratio"]} times** '
+        f'(runs: {", ".join(map(str, r["ratios"]))}); held-out loss after the same tokens {r["loss_ratio"]} times.')
+    if r := load('overhead'): out.append(f'## Pipeline overhead\n\n`{r["command"]}`. `ftnb run` (five notebooks, each in its own kernel, with gates, plan, verification of the export and records) against one plain TRL script doing the same work: **{r["ratio"]} times** the time.')
+    if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove; peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row.\n\n'
+        + table([dict(rows=f'{o["rows"]:,}', **{'rows/s': o['rows_per_second'], 'peak MB': f'{o["peak_mb"]:,}', 'file MB': o['file_mb']}, **{k: f'{100*v:.0f} %' for k,v in o['share'].items()}) for o in r['runs']], ['rows', 'rows/s', 'peak MB', 'file MB', *r['runs'][0]['share']]))
+    if r := load('near'):
+        rows = [dict(set=k, threshold=o['threshold'], recall=f'{100*o["recall_known"]:.1f} %', precision=f'{100*o["precision_known"]:.1f} %') for k,os in r['known'].items() for o in os if o['threshold'] in (.6, .7)]
+        out.append('## Near duplicates\n\n`bench/near.py`: one edited copy of each question (words, numbers, case, punctuation, clauses). Questions of under eight counting shingles are compared by their words only, which is why the short questions of MedQuAD are found less.\n\n'+table(rows, ['set', 'threshold', 'recall', 'precision']))
+    if r := load('privacy'): out.append('## Private data and secrets\n\n`bench/privacy.py`. '+r['method']+'\n\n'+table([dict(file=k, rows=f'{v["rows"]:,}', flagged=v['rows_flagged'], wrong=v['rows_wrong_by_hand'], **{'µs/row': v['us_per_row']}) for k,v in r['files'].items()], ['file', 'rows', 'flagged', 'wrong', 'µs/row']))
+    (root/'measured.qmd').write_text('\n\n'.join(out)+'\n')
+
+if __name__=='__main__': main()
