@@ -35,7 +35,7 @@ class Facts:
     stop_ids:list=None # Where generation stops, by the base's generation config
     reloaded:bool=True # Whether the template is the same after saving and loading
     private:dict=field(default_factory=dict) # Rows with private data, by kind
-    masked:int=0 # Rows in which something was masked
+    masked:int=0 # Rows in which a secret was masked
     packed:float=None # Largest difference of logits, packed against separate; None: not packed
 
     @property
@@ -122,7 +122,8 @@ def roles_known(f:Facts)->dict:
 
 def one_bos_token(f:Facts)->dict:
     "A row opens with one BOS where the model has one, in training as in serving"
-    n = f.tally['bos']
+    n, m = f.tally['bos'], f.tally['bos_missing']
+    if not n and m: return _gate(m, 'warn', f'rows of {f.tally.prompts} looked at open without the BOS that the tokenizer puts before plain text; a server that adds one sees other tokens than training')
     return _gate(n, 'stop', n and f'rows open with a number of BOS tokens that differs from serving, {f.place("bos")}; set another chat_template_path')
 
 def think_handled(f:Facts)->dict:

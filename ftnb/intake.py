@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from .base import UserError
+from .credentials import kinds
 from .ledger import Ledger, assign, drop_leaked, drop_same, limit_train
 from .near import NearDuplicates, join_pairs, text_key
 from .privacy import policy
@@ -26,7 +27,7 @@ class Intake:
     shapes:dict=field(default_factory=dict) # {file: `Shape`}
     read:int=0 # Rows that the readers gave
     private:Counter=field(default_factory=Counter) # Rows with private data or secrets, by kind
-    masked:int=0 # Rows in which something was masked
+    masked:int=0 # Rows in which a secret was masked
 
 def _one(raw, shape, s, recipe, got):
     "(record or raw row, reason why it is set aside) of one row"
@@ -37,7 +38,7 @@ def _one(raw, shape, s, recipe, got):
     except RowFault as e: return row, str(e)
     new, reason, counts = policy(rec, recipe.secrets, recipe.private_data, f'{raw.file}, line {raw.line}')
     got.private.update(counts)
-    got.masked += new is not rec
+    got.masked += new is not rec and any(kinds[k][0]=='secret' for k in counts)
     return (new, None) if reason is None else ({}, reason) # what was found must not reach the file
 
 def take_in(

@@ -101,7 +101,8 @@ class Prepared:
     @property
     def tables(self)->list:
         r = self.report
-        return [Table([dict(f, taken_for=s['shape'], sure=f'{100*s["confidence"]:.0f} %') for f in r['files'] if (s := r['shapes'][f['file']])], title='Rows by file'),
+        took = lambda f: r['shapes'].get(f) or r['shapes'].get(f.split(':')[0]) or dict(shape='', confidence=0) # a hub id has the split after a colon
+        return [Table([dict(f, taken_for=took(f['file'])['shape'], sure=f'{100*took(f["file"])["confidence"]:.0f} %') for f in r['files']], title='Rows by file'),
             Table([dict(file=k, because=s['reason']) for k,s in r['shapes'].items()], title='What the files were taken for'),
             Table(r['set_aside'][:20], cols=['file', 'line', 'reason'], title=f'Set aside ({r["aside"]:,})'),
             Table([dict(g, rows=g['rows'] or '') for g in r['gates']], cols=['gate', 'rows', 'verdict', 'text'], title='Gates'),
@@ -243,5 +244,5 @@ def prepare(
             for p in Path(d).iterdir(): os.replace(p, data/p.name)
     except OSError as e: raise disk_error(e, data) or e from None
     note = dict(data={s: file_digest(data/f'{s}.jsonl') for s in ('train', 'valid', 'test')}, template=done.report['template'], template_date=done.report['template_date'])
-    run.note(**note, accepted={g['gate']: g['text'] for g in done.report['gates'] if g['verdict']=='accepted'})
+    run.note(**note, accepted=[dict(gate=g['gate'], text=g['text']) for g in done.report['gates'] if g['verdict']=='accepted'])
     return done

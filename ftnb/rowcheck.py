@@ -77,4 +77,6 @@ def _deep(tally, i, rec, enc, tok, recipe):
     if recipe.assistant_only_loss:
         head = enc.input_ids[:len(prompt)]==prompt
         if any(l!=-100 for l in labels[:len(prompt)]) and head and sum(m['role']=='assistant' for m in rec['messages'])==1: tally.hit('prompt', i)
-    if not one_bos(tok, rec).ok: tally.hit('bos', i)
+    b = one_bos(tok, rec)
+    if b.row!=b.prompt or b.row>1: tally.hit('bos', i)
+    elif not b.ok: tally.hit('bos_missing', i)

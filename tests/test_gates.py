@@ -197,7 +197,7 @@ def test_training_on_everything_because_the_recipe_says_so_is_a_warning(prep):
 def test_an_accepted_gate_goes_on_and_the_manifest_keeps_the_reason(prep):
     rows = [*rows_of(58), *(dict(prompt=f'Count to {n}', completion=' '.join(map(str, range(n)))) for n in (400, 500))]
     run, done = prep(rows, max_length=200, accept=dict(nothing_cut='the long rows are noise'))
-    assert verdicts(done)['nothing_cut']=='accepted' and 'the long rows are noise' in run.manifest['accepted']['nothing_cut']
+    assert verdicts(done)['nothing_cut']=='accepted' and 'the long rows are noise' in run.manifest['accepted'][0]['text']
     assert 'the long rows are noise' in done.line and done.report['aside']==2
 
 @pytest.mark.parametrize('accept, said', [(dict(nothing_cut=''), 'has no reason'), (dict(nothing_cut=None), 'has no reason'), (dict(nothing_kut='x'), "Did you mean 'nothing_cut'")])
