@@ -3,7 +3,7 @@
 The script uses stock TRL, PEFT and transformers with the same settings in one process: tokenise, train, generate with base
 and tuned on the same rows, score, merge, save. It neither checks data, nor plans, nor verifies the export, nor keeps a record.
 
-    python bench/overhead.py [--runs 3] [--steps 56] [--out bench/results/overhead.json]
+    python bench/overhead.py [--runs 3] [--steps 60] [--out bench/results/overhead.json]
 """
 import argparse, json, os, shutil, statistics, subprocess, sys, tempfile, time
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -25,7 +25,7 @@ train, valid, test = ([enc(m) for m in read(s)] for s in ('train', 'valid', 'tes
 bf16 = any(f in open('/proc/cpuinfo').read() for f in ('avx512_bf16', 'amx_bf16'))
 dtype = torch.bfloat16 if bf16 else torch.float32
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
-args = SFTConfig(output_dir=out+'/ck', per_device_train_batch_size=8, max_steps=steps, learning_rate=1e-3, lr_scheduler_type='cosine', warmup_steps=.05, report_to='none', use_cpu=True,
+args = SFTConfig(output_dir=out+'/ck', per_device_train_batch_size=4, max_steps=steps, learning_rate=1e-3, lr_scheduler_type='cosine', warmup_steps=.05, report_to='none', use_cpu=True,
     bf16=bf16, gradient_checkpointing=False, save_steps=50, disable_tqdm=True, eval_strategy='epoch')
 t = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(train), eval_dataset=Dataset.from_list(valid), processing_class=tok,
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM'))
@@ -35,8 +35,8 @@ tok.padding_side = 'left'
 ask = sorted(read('test')[:rows], key=lambda ms: len(ms[1]['content']))
 def answer():
     res = []
-    for i in range(0, len(ask), 32):
-        b = tok([tok.apply_chat_template(x[:-1], tokenize=False, add_generation_prompt=True) for x in ask[i:i+32]], return_tensors='pt', padding=True, add_special_tokens=False)
+    for i in range(0, len(ask), 96):
+        b = tok([tok.apply_chat_template(x[:-1], tokenize=False, add_generation_prompt=True) for x in ask[i:i+96]], return_tensors='pt', padding=True, add_special_tokens=False)
         with torch.inference_mode(): res += tok.batch_decode(m.generate(**b, max_new_tokens=92, do_sample=False)[:, b['input_ids'].shape[1]:], skip_special_tokens=True)
     return res
 tuned = answer()
@@ -49,7 +49,7 @@ tok.save_pretrained(out+'/merged')
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('--runs', type=int, default=3); p.add_argument('--steps', type=int, default=56); p.add_argument('--rows', type=int, default=40); p.add_argument('--out', default='bench/results/overhead.json')
+    p.add_argument('--runs', type=int, default=3); p.add_argument('--steps', type=int, default=60); p.add_argument('--rows', type=int, default=24); p.add_argument('--out', default='bench/results/overhead.json')
     a = p.parse_args()
     from ftnb.base import shipped
     from ftnb.models import model_path
