@@ -38,9 +38,11 @@ soak: setup
 lab: setup
 	@$(BIN)/jupyter lab --notebook-dir=. nbs/stages/1_prepare.ipynb
 
+docs: export PATH := $(abspath $(BIN)):$(PATH)
 docs: setup
-	@$(BIN)/smalldocs check .
-	@$(BIN)/smalldocs render --strict .
+	@$(PY) tools/measured.py
+	@smalldocs check .
+	@smalldocs render --strict .
 	@echo "the site is in _docs/: $(PY) -m http.server -d _docs"
 
 bench: setup
