@@ -804,6 +804,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftnb.trl_script._trainer': ('trl_script.html#_trainer', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script._types': ('trl_script.html#_types', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script.compute_type': ('trl_script.html#compute_type', 'ftnb/trl_script.py'),
+                                 'ftnb.trl_script.row_lengths': ('trl_script.html#row_lengths', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script.script': ('trl_script.html#script', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script.trainer_values': ('trl_script.html#trainer_values', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script.trl_values': ('trl_script.html#trl_values', 'ftnb/trl_script.py'),

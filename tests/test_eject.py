@@ -13,7 +13,7 @@ from ftnb.fields import names
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
 from ftnb.train import _not_passed, _same, sampling, train, training_args
-from ftnb.trl_script import script, trainer_values, trl_assumes, trl_values, trl_yaml
+from ftnb.trl_script import row_lengths, script, trainer_values, trl_assumes, trl_values, trl_yaml
 
 TEN = dict(max_steps=10, logging_steps=1, learning_rate=1e-2)
 CASES = dict(full=dict(peft='full', learning_rate=1e-3, optim='adamw_torch', weight_decay=.1, gradient_accumulation_steps=2, per_device_train_batch_size=2),
@@ -101,7 +101,7 @@ def test_what_trl_assumes_is_what_the_installed_trl_assumes():
 def test_the_arguments_are_those_that_ftnb_trains_with(made, kw):
     run = made(rows=short_rows(40), **kw)
     valid = run.recipe.eval_strategy!='no'
-    want = training_args(run.recipe, run, run.report('prepare')['lens'], valid)
+    want = training_args(run.recipe, run, row_lengths(run), valid)
     code = ast.parse(script(run, valid))
     call = next(n for n in ast.walk(code) if isinstance(n, ast.Call) and getattr(n.func, 'id', '')=='SFTConfig')
     got = {k.arg: eval(ast.unparse(k.value), dict(device='cpu', output_dir=want.output_dir, compute=__import__('torch').float32, torch=__import__('torch'))) for k in call.keywords}
@@ -116,7 +116,7 @@ def test_the_arguments_are_those_that_ftnb_trains_with(made, kw):
 def test_rows_of_like_length_are_chosen_as_stage_3_chooses_them(made):
     rows = [dict(prompt=f'What is {i}?', completion='word '*(1+9*(i%9))) for i in range(60)]
     run = made(rows=rows, train_sampling_strategy='auto', per_device_train_batch_size=8)
-    want = sampling(run.recipe, run.report('prepare')['lens'])[0]
+    want = sampling(run.recipe, row_lengths(run))[0]
     assert want==trainer_values(run, False)['train_sampling_strategy']=='group_by_length'
 
 def test_a_type_that_only_the_device_knows_is_asked_there(made):

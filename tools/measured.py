@@ -15,7 +15,7 @@ def main():
     if r := load('speed'): out.append(f'## Training speed\n\n`{r["command"]}`. Trained tokens per second inside `train()` from step 3 on, against plain `SFTTrainer` with its defaults on the same labels, adapter, batch and rows: **{r["ratio"]} times** '
         f'(runs: {", ".join(map(str, r["ratios"]))}); held-out loss after the same tokens {r["loss_ratio"]} times.')
     if r := load('overhead'): out.append(f'## Pipeline overhead\n\n`{r["command"]}`. `ftnb run` (five notebooks, each in its own kernel, with gates, plan, verification of the export and records) against one plain TRL script doing the same work: **{r["ratio"]} times** the time.')
-    if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove; peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row.\n\n'
+    if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove ({r.get("note", "")}); peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row.\n\n'
         + table([dict(rows=f'{o["rows"]:,}', **{'rows/s': o['rows_per_second'], 'peak MB': f'{o["peak_mb"]:,}', 'file MB': o['file_mb']}, **{k: f'{100*v:.0f} %' for k,v in o['share'].items()}) for o in r['runs']], ['rows', 'rows/s', 'peak MB', 'file MB', *r['runs'][0]['share']]))
     if r := load('near'):
         rows = [dict(set=k, threshold=o['threshold'], recall=f'{100*o["recall_known"]:.1f} %', precision=f'{100*o["precision_known"]:.1f} %') for k,os in r['known'].items() for o in os if o['threshold'] in (.6, .7)]
