@@ -40,13 +40,17 @@ class Facts:
 
     @property
     def kept(self)->int: return len(self.rows.kept())
-    def aside(self, *starts)->int:
-        "Rows set aside for a reason that begins so"
-        codes = {k for k,r in enumerate(self.rows.reasons) if r and r.startswith(starts)}
-        return sum(w in codes for w in self.rows.why)
+    def aside(self, test)->list:
+        "Numbers of the rows set aside for a reason of which `test` is true"
+        codes = {k for k,r in enumerate(self.rows.reasons) if r and test(r)}
+        return [i for i,w in enumerate(self.rows.why) if w in codes]
     def place(self, fault)->str: return f'first {self.rows.place(self.tally.first[fault])}'
 
 def _gate(rows=0, verdict='ok', text=''): return dict(rows=rows, verdict=verdict if rows else 'ok', text=text if rows else '')
+def _tallied(f, fault, what, way_out=''):
+    "A gate that stops at a fault noted of rows"
+    n = f.tally[fault]
+    return _gate(n, 'stop', n and f'rows {what}, {f.place(fault)}{way_out}')
 
 def generation_stops(
     name:str, # A model's folder, hub id or short name
@@ -66,24 +70,20 @@ def generation_stops(
 # %% ../nbs/27d_gates.ipynb #2bf1da0c
 def answers_trained(f:Facts)->dict:
     "Every answer of every row has trained tokens"
-    n = f.tally['untrained']
-    return _gate(n, 'stop', n and f'rows have an answer without a trained token, {f.place("untrained")}; set another chat_template_path')
+    return _tallied(f, 'untrained', 'have an answer without a trained token', '; set another chat_template_path')
 
 def mask_not_empty(f:Facts)->dict:
     "Every row has something to learn"
-    n = f.tally['no_label']
-    return _gate(n, 'stop', n and f'rows have no trained token at all, {f.place("no_label")}')
+    return _tallied(f, 'no_label', 'have no trained token at all')
 
 def prompt_masked(f:Facts)->dict:
     "No token of a question is trained"
-    n = f.tally['prompt']
     if not f.recipe.assistant_only_loss and f.chats: return _gate(f.chats, 'warn', 'rows are trained on questions and answers alike, as assistant_only_loss: false says')
-    return _gate(n, 'stop', n and f'rows train on the question, {f.place("prompt")}; set assistant_only_loss: true, or another chat_template_path')
+    return _tallied(f, 'prompt', 'train on the question', '; set assistant_only_loss: true, or another chat_template_path')
 
 def end_of_turn_trained(f:Facts)->dict:
     "Every answer closes with a trained end of turn, so that the model learns to stop"
-    n = f.tally['no_end']
-    return _gate(n, 'stop', n and f'rows have an answer that closes with no trained end-of-turn token, {f.place("no_end")}; set another chat_template_path')
+    return _tallied(f, 'no_end', 'have an answer that closes with no trained end-of-turn token', '; set another chat_template_path')
 
 def stops_at_serving(f:Facts)->dict:
     "The end of turn that is trained is one at which a server stops"
@@ -114,17 +114,15 @@ def roles_known(f:Facts)->dict:
     "Every turn has a role, and flat text with role markers is not trained as prose"
     flat = [(k, s) for k,s in f.shapes.items() if getattr(s, 'offer', '')]
     if flat: return _gate(sum(f.rows.files[x]==flat[0][0] for x in f.rows.file), 'stop', f'rows of {flat[0][0].split("/")[-1]} would train questions as prose: {flat[0][1].offer}')
-    codes = {k for k,r in enumerate(f.rows.reasons) if r and ('unknown role' in r or 'unknown from' in r or r.startswith('the template refuses'))}
-    n = sum(w in codes for w in f.rows.why)
-    first = next((i for i,w in enumerate(f.rows.why) if w in codes), None)
-    bad = n>max(2, .01*len(f.rows))
-    return _gate(n, 'stop' if bad else 'fixed', n and f'rows have a role that can not be placed and were set aside, first {f.rows.place(first)}: {f.rows.reason(first)}')
+    bad = f.aside(lambda r: 'unknown role' in r or 'unknown from' in r or r.startswith('the template refuses'))
+    many = len(bad)>max(2, .01*len(f.rows))
+    return _gate(len(bad), 'stop' if many else 'fixed', bad and f'rows have a role that can not be placed and were set aside, first {f.rows.place(bad[0])}: {f.rows.reason(bad[0])}')
 
 def one_bos_token(f:Facts)->dict:
     "A row opens with one BOS where the model has one, in training as in serving"
-    n, m = f.tally['bos'], f.tally['bos_missing']
-    if not n and m: return _gate(m, 'warn', f'rows of {f.tally.prompts} looked at open without the BOS that the tokenizer puts before plain text; a server that adds one sees other tokens than training')
-    return _gate(n, 'stop', n and f'rows open with a number of BOS tokens that differs from serving, {f.place("bos")}; set another chat_template_path')
+    m = f.tally['bos_missing']
+    if m and not f.tally['bos']: return _gate(m, 'warn', f'rows of {f.tally.prompts} looked at open without the BOS that the tokenizer puts before plain text; a server that adds one sees other tokens than training')
+    return _tallied(f, 'bos', 'open with a number of BOS tokens that differs from serving', '; set another chat_template_path')
 
 def think_handled(f:Facts)->dict:
     "Thoughts are trained, left out or ignored because somebody chose so"
@@ -135,12 +133,11 @@ def think_handled(f:Facts)->dict:
 
 def no_leak(f:Facts)->dict:
     "No held-out row is trained on, and no evaluation prompt"
-    return _gate(f.aside('leaked'), 'fixed', 'rows ask what is asked on the other side, word for word or nearly, and were set aside')
+    return _gate(len(f.aside(lambda r: r.startswith('leaked'))), 'fixed', 'rows ask what is asked on the other side, word for word or nearly, and were set aside')
 
 def no_secrets(f:Facts)->dict:
     "No key, token or password is trained on"
-    codes = {k for k,r in enumerate(f.rows.reasons) if r and r.startswith(('a ', 'an ')) and ' in the ' in r}
-    n = sum(w in codes for w in f.rows.why)
+    n = len(f.aside(lambda r: r.startswith(('a ', 'an ')) and ' in the ' in r))
     return _gate(n+f.masked, 'fixed', f'rows with a key in them: {n} set aside, {f.masked} masked')
 
 def no_private_data(f:Facts)->dict:
@@ -161,7 +158,7 @@ def packing_clean(f:Facts)->dict:
 
 def no_duplicates(f:Facts)->dict:
     "No row stands twice"
-    return _gate(f.aside('same as', 'almost the same'), 'fixed', 'rows that stand twice were set aside')
+    return _gate(len(f.aside(lambda r: r.startswith(('same as', 'almost the same')))), 'fixed', 'rows that stand twice were set aside')
 
 def enough_rows(f:Facts)->dict:
     "There is enough to learn from for the number of passes"

@@ -10,8 +10,6 @@ import json
 from array import array
 from pathlib import Path
 
-from .base import UserError
-
 # %% ../nbs/27b_ledger.ipynb #a3874071
 splits = ('', 'train', 'valid', 'test')
 
@@ -24,7 +22,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.out, self.reads, self.end = self.path.open('wb'), None, 0
         self.files, self.reasons, self._codes = [], [None], {None: 0} # texts by their number
-        for k,t in dict(file='H', line='Q', at='Q', why='L', split='B', fixed='B', repeat='f', whole='Q', asks='Q', tokens='L', trained='L').items(): setattr(self, k, array(t))
+        for k,t in dict(file='H', line='Q', at='Q', why='L', split='B', fixed='B', repeat='f', whole='Q', asks='Q').items(): setattr(self, k, array(t))
 
     def __len__(self): return len(self.line)
 
@@ -43,7 +41,7 @@ class Ledger:
         data = json.dumps(rec, ensure_ascii=False, default=str).encode('utf-8', 'surrogatepass')+b'\n'
         self.out.write(data)
         s = splits.index(split or '')
-        for k,v in dict(file=self._file, line=line, at=self.end, why=self._code(reason), split=s, fixed=s>0, repeat=repeat, whole=whole, asks=asks, tokens=0, trained=0).items(): getattr(self, k).append(v)
+        for k,v in dict(file=self._file, line=line, at=self.end, why=self._code(reason), split=s, fixed=s>0, repeat=repeat, whole=whole, asks=asks).items(): getattr(self, k).append(v)
         self.end += len(data)
         return len(self)-1
 

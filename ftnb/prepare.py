@@ -6,9 +6,11 @@
 __all__ = ['describe_lengths', 'Prepared', 'same_when_saved', 'examine', 'prepare']
 
 # %% ../nbs/29_prepare.ipynb #5e9b0d40
-import json, os, random, tempfile
+import json, os, tempfile
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from .base import Table, UserError, disk_error, file_digest, write_atomic
@@ -17,6 +19,7 @@ from .describe import Describe, QualityReport
 from .gates import Facts, check_accept, generation_stops, judge, nothing_cut
 from .intake import near_notes, sift, take_in
 from .ledger import Ledger
+from .measures import Sample
 from .report import html_page
 from .rowcheck import Tally, inspect_row
 from .runs import Run
@@ -47,19 +50,17 @@ class _Split:
 # %% ../nbs/29_prepare.ipynb #367c410b
 class _Sample:
     "A few rows worth looking at"
-    def __init__(self, seed, n=2): self.rng, self.n, self.seen, self.drawn, self.best, self.bad = random.Random(seed), n, 0, [], {}, {}
+    def __init__(self, seed): self.drawn, self.best, self.bad = Sample(2, seed), {}, {}
     def see(self, i, enc, faults):
-        self.seen += 1
         row, size = (i, enc.input_ids, enc.labels), len(enc.input_ids)
-        if self.seen==1: self.best['first'] = row
+        self.best.setdefault('first', row)
         for k,better in (('longest', lambda a,b: a>b), ('shortest', lambda a,b: a<b)):
             if k not in self.best or better(size, len(self.best[k][1])): self.best[k] = row
         for f in faults: self.bad.setdefault(f, row)
-        if len(self.drawn)<self.n: self.drawn.append(row)
-        elif (j := self.rng.randrange(self.seen))<self.n: self.drawn[j] = row
+        self.drawn.add(row)
     def rows(self)->list: # (number, input_ids, labels, why it is shown)
         out = {}
-        for why,r in [*self.bad.items(), *self.best.items(), *((f'drawn', r) for r in self.drawn)]: out.setdefault(r[0], (*r, why))
+        for why,r in [*self.bad.items(), *self.best.items(), *(('drawn', r) for r in self.drawn.items)]: out.setdefault(r[0], (*r, why))
         return list(out.values())
 
 # %% ../nbs/29_prepare.ipynb #98e2624a
@@ -67,13 +68,9 @@ def describe_lengths(lens:dict)->dict:
     "Number, mean, median, 90th and 99th percentile, longest and sum of token counts, from {length: rows}"
     n = sum(lens.values())
     if not n: return dict(n=0, mean=0, median=0, p90=0, p99=0, max=0, sum=0)
-    s, at, k = sorted(lens), {}, 0
-    for q in (.5, .9, .99):
-        while True:
-            below = sum(lens[l] for l in s[:k+1])
-            if below>int(q*n) or k==len(s)-1: break
-            k += 1
-        at[q] = s[k]
+    s = sorted(lens)
+    upto = list(accumulate(lens[l] for l in s))
+    at = {q: s[min(bisect_right(upto, int(q*n)), len(s)-1)] for q in (.5, .9, .99)}
     total = sum(l*c for l,c in lens.items())
     return dict(n=n, mean=round(total/n, 1), median=at[.5], p90=at[.9], p99=at[.99], max=s[-1], sum=total)
 
@@ -145,7 +142,6 @@ def _encode_all(rows, recipe, tok, files, got):
         if reason: rows.put_aside(i, reason); continue
         split, times = rows.split_of(i), round(rows.repeat[i]) if rows.split_of(i)=='train' else 1
         n = sum(l!=-100 for l in labels)
-        rows.tokens[i], rows.trained[i] = len(ids), n
         got.lens[split][len(ids)] += times
         got.chats += 'messages' in rec
         if split=='train': got.tokens += len(ids)*times; got.trained += n*times

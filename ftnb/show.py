@@ -7,7 +7,7 @@ __all__ = ['legend', 'pieces', 'token_parts', 'RowView', 'Rows', 'show_labels']
 
 # %% ../nbs/28_show.ipynb #88ecffe0
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .base import UserError
 from .runs import Run
