@@ -142,7 +142,7 @@ class Recipe:
     top_k:Optional[int] = None # Draw from so many likeliest tokens; needs do_sample
     repetition_penalty:float = 1.0 # Above 1: makes repeating less likely
     export_formats:list = dataclasses.field(default_factory=lambda: ['adapter', 'merged']) # What is exported
-    merge_dtype:str = 'auto' # Type of the merged weights: float32, bfloat16, float16, or auto: as the base ships
+    merge_dtype:str = 'auto' # Type of the merged weights: float32, bfloat16, float16, or auto: as the base ships, and a finer one where rounding would change the answers
     max_shard_size:str = '5GB' # Size of one weight file at most
     spec_id:Optional[str] = None # Number of the specification that this run fulfils
     spec:Optional[list] = None # Its requirements, each {id, text, proof}
