@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UserError', 'nearest', 'write_atomic', 'disk_error', 'read_json', 'write_json', 'digest', 'file_digest', 'size',
-           'gib', 'duration', 'Table', 'shipped', 'ftnb_home']
+           'gib', 'duration', 'Table', 'new_figure', 'shipped', 'ftnb_home']
 
 # %% ../nbs/00_base.ipynb #78f2e891
-import difflib, hashlib, html, json, os, tempfile
+import difflib, hashlib, html, io, json, os, tempfile
 from pathlib import Path
 
 # %% ../nbs/00_base.ipynb #544357bb
@@ -146,6 +146,20 @@ class Table:
         body = ''.join('<tr>'+''.join(f'<td style="text-align:left">{e(x)}</td>' for x in r)+'</tr>' for r in self._cells())
         cap = f'<caption style="text-align:left;caption-side:top">{e(self.title)}</caption>' if self.title else ''
         return f'<table class="ftnb">{cap}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+# %% ../nbs/00_base.ipynb #a1f9e2c1
+def new_figure(
+    width:float, # Inches
+    height:float,
+): # A `matplotlib.figure.Figure`
+    "An empty figure that is a picture in every notebook, whatever backend is set"
+    from matplotlib.figure import Figure
+    class Plot(Figure):
+        def _repr_png_(self):
+            out = io.BytesIO()
+            self.savefig(out, format='png', dpi=100)
+            return out.getvalue()
+    return Plot(figsize=(width, height), layout='constrained')
 
 # %% ../nbs/00_base.ipynb #a3092a6a
 def shipped(

@@ -9,7 +9,7 @@ __all__ = ['distinct', 'clusters', 'opening', 'Describe', 'notes', 'QualityRepor
 from array import array
 from collections import Counter
 
-from .base import Table
+from .base import Table, new_figure
 from .language import language_shares
 from .measures import Balance, Capped, Conflicts, Forms, NearRows, Sample, answer_form, length_report, sides
 from .near import near_groups, terms
@@ -174,8 +174,7 @@ class QualityReport:
 
     def plot(self, path=None):
         "Lengths, the share kept, and languages; a matplotlib figure, saved to `path` if given"
-        from matplotlib.figure import Figure
-        fig = Figure(figsize=(10, 5.5), layout='constrained')
+        fig = new_figure(10, 5.5)
         for ax,(k,name) in zip((axes := fig.subplots(2, 2)).flat, (('tokens', 'Tokens of a row'), ('answer_tokens', 'Tokens of its answers'))):
             h = self.data[k].get('histogram', dict(step=1, counts=[]))
             ax.bar([i*h['step'] for i in range(len(h['counts']))], h['counts'], width=h['step']*.9, align='edge', color='#4878d0')

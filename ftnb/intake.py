@@ -15,7 +15,7 @@ from .base import UserError
 from .credentials import kinds
 from .ledger import Ledger, assign, drop_leaked, drop_same, limit_train
 from .near import NearDuplicates, join_pairs, text_key
-from .privacy import policy
+from .privacy import find, policy, texts
 from .quality import conversation, question
 from .records import RowFault, apply_mapping, normalise, recognise, shape_of
 from .sources import find_sources, read_rows
@@ -29,8 +29,16 @@ class Intake:
     private:Counter=field(default_factory=Counter) # Rows with private data or secrets, by kind
     masked:int=0 # Rows in which a secret was masked
 
+def _without_secrets(row):
+    "A raw row as the file of rows set aside may hold it: nothing of it, if a secret stands in it"
+    return {} if any(f.group=='secret' for _,t in texts(row) for f in find(t)) else row
+
 def _one(raw, shape, s, recipe, got):
     "(record or raw row, reason why it is set aside) of one row"
+    rec, reason = _record(raw, shape, s, recipe, got)
+    return (rec if reason is None else _without_secrets(rec)), reason
+
+def _record(raw, shape, s, recipe, got):
     if raw.fault: return raw.row or {}, raw.fault
     row = apply_mapping(raw.row, s.mapping, f'{raw.file}, line {raw.line}') if s.mapping else raw.row
     if (other := shape_of(row))!=shape.name: return row, f'{other or "unknown columns"} in a file of {shape.name}'

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .adapters import trained
 from .arch import Arch
-from .base import Table, UserError, gib, size
+from .base import Table, UserError, gib, new_figure, size
 from .fields import Recipe
 from .memory import at_least
 from .models import read_config
@@ -117,8 +117,7 @@ def plan_run(
 
 def plot_schedule(report:dict, path=None):
     "The learning-rate curve as a matplotlib figure, saved to `path` if given"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(5, 2.4), layout='constrained')
+    fig = new_figure(5, 2.4)
     ax = fig.subplots()
     ax.plot(*zip(*report['learning_rate'])); ax.set(xlabel='step', ylabel='learning rate')
     if path: fig.savefig(path, dpi=110)

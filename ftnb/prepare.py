@@ -99,7 +99,7 @@ class Prepared:
     def tables(self)->list:
         r = self.report
         took = lambda f: r['shapes'].get(f) or r['shapes'].get(f.split(':')[0]) or dict(shape='', confidence=0) # a hub id has the split after a colon
-        return [Table([dict(f, taken_for=took(f['file'])['shape'], sure=f'{100*took(f["file"])["confidence"]:.0f} %') for f in r['files']], title='Rows by file'),
+        return [Table([{**{k.replace('_', ' '):v for k,v in f.items()}, 'taken for': took(f['file'])['shape'], 'sure': f'{100*took(f["file"])["confidence"]:.0f} %'} for f in r['files']], title='Rows by file'),
             Table([dict(file=k, because=s['reason']) for k,s in r['shapes'].items()], title='What the files were taken for'),
             Table(r['set_aside'][:20], cols=['file', 'line', 'reason'], title=f'Set aside ({r["aside"]:,})'),
             Table([dict(g, rows=g['rows'] or '') for g in r['gates']], cols=['gate', 'rows', 'verdict', 'text'], title='Gates'),

@@ -8,7 +8,7 @@ __all__ = ['order', 'evaluate_line', 'metric_table', 'answer_table', 'plot_metri
 # %% ../nbs/27a_report.ipynb #dd1351dc
 import html
 
-from .base import Table
+from .base import Table, new_figure
 
 # %% ../nbs/27a_report.ipynb #9aa2c005
 def evaluate_line(rep:dict)->str:
@@ -45,9 +45,8 @@ def answer_table(rep:dict, n:int=10)->Table:
 
 def plot_metrics(rep:dict, path=None):
     "Shares of base and tuned as bars with their intervals; a matplotlib figure, saved to `path` if given"
-    from matplotlib.figure import Figure
     ms = [m for k in order for m in rep['metrics'] if m['metric']==k and k in _shares and k!='json_inside']
-    fig = Figure(figsize=(7, .45*len(ms)+1), layout='constrained')
+    fig = new_figure(7, .45*len(ms)+1)
     ax = fig.subplots()
     for i,m in enumerate(ms):
         ax.barh(i-.2, 100*m['base'], .36, color='#b0b0b0', label='base' if not i else None)

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
-from .base import Table, UserError, digest, disk_error, duration, gib, size
+from .base import Table, UserError, digest, disk_error, duration, gib, new_figure, size
 from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, precision_args
 from .loss import Trainer
@@ -187,8 +187,7 @@ def train_table(rep:dict)->Table:
 
 def plot_losses(rep:dict, path=None):
     "The loss curves as a matplotlib figure, saved to `path` if given"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 2.8), layout='constrained')
+    fig = new_figure(7, 2.8)
     ax, ax2 = fig.subplots(1, 2)
     tr, ev = [h for h in rep['logs'] if 'loss' in h], [h for h in rep['logs'] if 'eval_loss' in h]
     ax.plot([h['step'] for h in tr], [h['loss'] for h in tr], label='training')

@@ -36,6 +36,12 @@ def test_the_run_folder_holds_all_of_it(work):
     assert set(m['stages'])=={'prepare', 'plan', 'train', 'evaluate', 'export'} and m['template'] and m['data']['train'] and m['versions']['torch']
     assert all(s['peak_ram']>0 for s in m['stages'].values())
 
+def test_plots_survive_in_the_executed_notebooks(work):
+    d, _ = work
+    for n in ('1_prepare', '2_plan', '3_train', '4_evaluate'):
+        cells = json.loads((d/f'runs/demo/{n}.ipynb').read_text())['cells']
+        assert any('image/png' in o.get('data', {}) for c in cells for o in c.get('outputs', [])), n
+
 def test_the_same_command_again_skips_every_stage(work):
     d, _ = work
     p = ftnb('run', 'demo', *pairs(), cwd=d)

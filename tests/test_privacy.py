@@ -291,3 +291,15 @@ def test_the_policies_of_a_recipe_reach_the_rows(tmp_path, tiny):
     rep, text = go(private_data='drop')
     assert mail not in text and [a['reason'] for a in rep['set_aside']]==['an e-mail address in the question', 'a GitHub token in the answer']
     with pytest.raises(UserError, match='a.jsonl, line 61: an e-mail address in the question; take it out'): go(private_data='stop')
+
+def test_a_secret_in_a_row_set_aside_for_another_fault_is_not_kept(tmp_path, tiny):
+    from conftest import short_rows, write_rows
+    from ftnb.prepare import prepare
+    from ftnb.recipe import make_recipe
+    from ftnb.runs import Run
+    key = 'ghp'+'_'+body(36)
+    data = write_rows(tmp_path/'a.jsonl', [*short_rows(60), dict(prompt=f'My key is {key}', completion=''), dict(prompt='A question', completion='')])
+    run = Run(tmp_path/'run', make_recipe(dict(dataset=data, model_name_or_path=tiny)))
+    assert prepare(run).report['aside']==2
+    text = run.path('data', 'set_aside.jsonl').read_text()
+    assert key not in text and 'A question' in text
