@@ -7,7 +7,7 @@ __all__ = ['Device', 'cpu_flags', 'find_device', 'pick_dtype', 'weight_dtype', '
            'load_model', 'fit_vocabulary']
 
 # %% ../nbs/30_load.ipynb #7346ff97
-import os, platform, sys
+import os, platform, sys, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,8 @@ def quiet():
     "Turn off the progress bars and advice of the libraries below; errors stay"
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
+    warnings.filterwarnings('ignore', message='`is_gradient_checkpointing` is deprecated') # peft asks for it
 
 def load_model(
     r:Recipe,

@@ -12,17 +12,17 @@ from dataclasses import fields as dc_fields
 
 import torch
 from datasets import load_dataset
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from trl import SFTConfig
 
 from .base import Table, UserError, digest, disk_error, duration, gib, new_figure, size
 from .fields import Recipe
-from .load import find_device, fit_vocabulary, load_model, pick_dtype, precision_args
+from .load import find_device, fit_vocabulary, load_model, pick_dtype, precision_args, quiet
 from .loss import Trainer
 from .runs import Run, inputs_of, peak_memory
 from .tokenizer import run_tokenizer
 from .tune import count_parameters, make_trainable
-from .watch import Monitor, RunLog, Stopper
+from .watch import Monitor, RunLog, Stopper, in_notebook
 
 # %% ../nbs/34_train.ipynb #8a549f03
 def padding_share(
@@ -94,6 +94,7 @@ def make_trainer(
     import os
     r = run.recipe
     os.environ.setdefault('TENSORBOARD_LOGGING_DIR', str(run.path('tensorboard')))
+    quiet()
     set_seed(r.seed)
     tok = run_tokenizer(run)
     train, valid = token_data(run, 'train'), token_data(run, 'valid')
@@ -104,6 +105,7 @@ def make_trainer(
     calls = [Monitor(run), stop]
     if r.early_stopping_patience: calls.append(EarlyStoppingCallback(r.early_stopping_patience, r.early_stopping_threshold))
     trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
+    if in_notebook(): trainer.remove_callback(PrinterCallback) # the curve shows the same
     trainer.add_callback(RunLog(run, trainer))
     trainer.stopper = stop
     return trainer
