@@ -95,6 +95,7 @@ class Recipe:
     torch_compile_mode:Optional[str] = None # Mode of torch.compile
     torch_empty_cache_steps:Optional[int] = None # Empty the device's cache every so many steps
     auto_find_batch_size:bool = False # Halve the batch after running out of memory
+    on_oom:str = 'stop' # Out of memory: stop, or retry from the checkpoint with a smaller micro batch and the same effective batch
     seed:int = 42 # Seed of split, order, initial weights and sampling
     data_seed:Optional[int] = None # Another seed for the order of the rows
     full_determinism:bool = False # Deterministic algorithms, slower

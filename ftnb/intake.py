@@ -14,7 +14,7 @@ from itertools import chain, islice
 from .base import UserError
 from .credentials import kinds
 from .ledger import Ledger, assign, drop_leaked, drop_same, limit_train
-from .near import NearDuplicates, join_pairs, text_key
+from .near import NearDuplicates, find_leaks, join_pairs, text_key
 from .privacy import find, policy, texts
 from .quality import conversation, question
 from .records import RowFault, apply_mapping, normalise, recognise, shape_of
@@ -121,8 +121,8 @@ def sift_near(
         pairs.append((j, i)); same += s==1
         if s<1 and len(examples)<5: examples.append((j, i, s))
         if recipe.near_duplicates=='drop': rows.put_aside(i, f'almost the same as {rows.short(j)}')
-    for i,rec in rows.records():
-        if rows.split[i]>1 and (near := train.query(question(rec))): rows.put_aside(i, f'leaked: almost asked in training, {rows.short(near[0][0])}')
+    held = ((i, question(rec)) for i,rec in rows.records() if rows.split[i]>1)
+    for i,j,_ in find_leaks(held, train): rows.put_aside(i, f'leaked: almost asked in training, {rows.short(j)}')
     return _near_report(recipe, rows, n, pairs, examples, same)
 
 def sift(

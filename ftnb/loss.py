@@ -76,6 +76,7 @@ class Trainer(SFTTrainer):
     trained_tokens = 0 # Labels that are not -100, so far
     seen_tokens = 0 # Tokens without padding, so far
     padded_tokens = 0 # Tokens with padding, so far
+    meter = None # A `Meter`, told where forward and backward begin
 
     def selects(self, model)->bool:
         "Whether this model on this device takes the short path"
@@ -89,9 +90,11 @@ class Trainer(SFTTrainer):
             self.trained_tokens += int((inputs['labels'][:, 1:]!=-100).sum())
             ids = inputs['input_ids']
             self.padded_tokens += ids.numel()
+            if self.meter: self.meter.begin(ids.shape[1])
             self.seen_tokens += int(inputs['attention_mask'].sum()) if 'attention_mask' in inputs else ids.numel()
         if return_outputs or not self.selects(model): loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else: loss = self._short_loss(model, inputs, num_items_in_batch)
+        if self.meter and self.model.training: self.meter.enter('backward')
         if not return_outputs and self.model.training and self.state.global_step<self.guarded_steps and not torch.isfinite(loss):
             step = self.state.global_step+1
             raise UserError(f'The loss of step {step} is {loss.item()}: {nan_cause(self.args, step)}.')

@@ -63,7 +63,7 @@ def inspect_row(
         f = think_facts(tok, rec, recipe.think)
         if f.empty: tally.hit('think_empty', i)
         if f.dropped: tally.hit('think_dropped', i)
-        if think_facts(tok, rec).brought and recipe.think=='strip': tally.hit('think_stripped', i)
+        if recipe.think=='strip' and think_facts(tok, rec).brought: tally.hit('think_stripped', i)
 
 def _touching(ms): return any(a['role']==b['role']=='assistant' for a,b in zip(ms, ms[1:]))
 def _ends_well(ids, runs, tok):

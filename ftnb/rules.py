@@ -24,7 +24,7 @@ choices = dict(method=('sft',), peft=('full', 'lora', 'qlora'), dtype=dtypes, bn
     excess_length_strategy=('raise', 'drop', 'truncate'), think=('keep', 'strip', 'ignore_empty'),
     near_duplicates=('report', 'drop'), secrets=('mask', 'drop', 'stop'), private_data=('report', 'mask', 'drop', 'stop'), packing_strategy=('bfd', 'wrapped'), lora_bias=('none', 'all', 'lora_only'), bnb_4bit_quant_type=('nf4', 'fp4'),
     train_sampling_strategy=('auto', 'random', 'sequential', 'group_by_length'), eval_strategy=('no', 'steps', 'epoch'), save_strategy=('no', 'steps', 'epoch', 'best'),
-    hub_strategy=('end', 'every_save', 'checkpoint', 'all_checkpoints'),
+    on_oom=('stop', 'retry'), hub_strategy=('end', 'every_save', 'checkpoint', 'all_checkpoints'),
     lr_scheduler_type=('linear', 'cosine', 'cosine_with_restarts', 'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau',
         'cosine_with_min_lr', 'warmup_stable_decay'))
 later = dict(method=dict(dpo='DPO', orpo='ORPO', kto='KTO'))

@@ -7,8 +7,8 @@ __all__ = ['padding_share', 'sampling', 'learning_rate', 'training_args', 'token
            'Stopped', 'train', 'train_line', 'train_table', 'plot_losses']
 
 # %% ../nbs/34_train.ipynb #cc0c6763
-import math, random, shutil, statistics, time
-from dataclasses import fields as dc_fields
+import gc, math, os, random, shutil, statistics, time
+from dataclasses import fields as dc_fields, replace
 
 import torch
 from datasets import load_dataset
@@ -19,6 +19,7 @@ from .base import Table, UserError, digest, disk_error, duration, gib, new_figur
 from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, precision_args, quiet
 from .loss import Trainer
+from .measure import Meter, OutOfMemory, is_oom, memory_report, oom_sentence, smaller_batch
 from .runs import Run, inputs_of, peak_memory
 from .tokenizer import run_tokenizer
 from .tune import count_parameters, make_trainable
@@ -89,10 +90,10 @@ def token_data(run:Run, split:str):
 
 def make_trainer(
     run:Run, # With prepared data
+    batch:tuple=None, # (rows of a forward pass, accumulation) instead of the recipe's
 ):
     "The trainer of a run: model, adapter, data, callbacks; nothing is trained yet"
-    import os
-    r = run.recipe
+    r = run.recipe if batch is None else replace(run.recipe, per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1])
     os.environ.setdefault('TENSORBOARD_LOGGING_DIR', str(run.path('tensorboard')))
     quiet()
     set_seed(r.seed)
@@ -107,7 +108,8 @@ def make_trainer(
     trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
     if in_notebook(): trainer.remove_callback(PrinterCallback) # the curve shows the same
     trainer.add_callback(RunLog(run, trainer))
-    trainer.stopper = stop
+    trainer.stopper, trainer.meter = stop, Meter(args.device.type=='cuda')
+    trainer.add_callback(trainer.meter)
     return trainer
 
 # %% ../nbs/34_train.ipynb #4dd66b17
@@ -135,19 +137,38 @@ def checkpoint_to_resume(
 # %% ../nbs/34_train.ipynb #bbee4f53
 class Stopped(UserError): "Training was stopped by the user; a checkpoint is kept"
 
+def _release(trainer):
+    "Give back the memory of a trainer that failed, whoever still holds it"
+    for p in trainer.model.parameters(): p.grad, p.data = None, torch.empty(0, dtype=p.dtype)
+    trainer.optimizer = trainer.lr_scheduler = None
+
+def _train(run, trainer):
+    "(trainer, checkpoint it went on from) after training; out of memory, with a smaller micro batch if the recipe says so"
+    while True:
+        ckpt = checkpoint_to_resume(run)
+        try: trainer.train(resume_from_checkpoint=ckpt); return trainer, ckpt
+        except Exception as e:
+            if not is_oom(e): raise disk_error(e, run.path('checkpoints')) or e
+            now = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+            said = oom_sentence(run.recipe, trainer.meter, (run.report('plan') or {}).get('memory'), trainer.state.global_step, now)
+            less = smaller_batch(*now) if run.recipe.on_oom=='retry' and trainer.meter.phase!='evaluation' else None
+            run.log('out_of_memory', step=trainer.state.global_step, phase=trainer.meter.phase, batch=now[0], text=said)
+        finally: trainer.stopper.restore()
+        _release(trainer)
+        gc.collect()
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if less is None: raise OutOfMemory(said)
+        print(f'{said}\nGoing on with batch {less[0]} x {less[1]}, the same effective batch.')
+        trainer = make_trainer(run, less)
+
 def train(
     run:Run, # With prepared data
     trainer=None, # As `make_trainer` gives it
 )->dict: # The report, as saved in `reports/train.json`
     "Train, resume or finish a run and save its adapter or model; a `UserError` says what stopped it"
-    r = run.recipe
-    trainer = trainer or make_trainer(run)
+    r, t = run.recipe, time.time()
+    trainer, ckpt = _train(run, trainer or make_trainer(run))
     total, trained = count_parameters(trainer.model)
-    ckpt = checkpoint_to_resume(run)
-    t = time.time()
-    try: out = trainer.train(resume_from_checkpoint=ckpt)
-    except Exception as e: raise disk_error(e, run.path('checkpoints')) or e
-    finally: trainer.stopper.restore()
     st = trainer.state
     if trainer.stopper.stopped and st.global_step<st.max_steps:
         run.log('stopped', step=st.global_step)
@@ -166,6 +187,7 @@ def train(
         padding=round(1-trainer.seen_tokens/trainer.padded_tokens, 4) if trainer.padded_tokens else None, tokens=trainer.seen_tokens, trained_tokens=trainer.trained_tokens,
         tokens_per_second=round(trainer.seen_tokens/seconds, 1), train_loss=logs[-1]['loss'] if logs else None, first_loss=logs[0]['loss'] if logs else None,
         eval_loss=evals[-1] if evals else None, best_eval_loss=min(evals) if evals else None, best_checkpoint=(st.best_model_checkpoint or '').split('/')[-1] or None, **peak_memory(),
+        batch=[trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps], memory=memory_report(run, trainer.meter, find_device(r.use_cpu).name),
         logs=[{k:v for k,v in h.items() if isinstance(v, (int, float))} for h in st.log_history])
     rep['line'] = train_line(r, rep)
     run.save_report('train', rep)
