@@ -81,7 +81,7 @@ def step_of(
     n = length or r.max_length
     return Step(config, peft='full' if r.peft=='full' else 'lora', lora_r=r.lora_r, lora_target_modules=tuple(r.lora_target_modules) if isinstance(r.lora_target_modules, list) else r.lora_target_modules,
         lora_dropout=r.lora_dropout, lora_bias=r.lora_bias, modules_to_save=tuple(r.lora_modules_to_save) if r.lora_modules_to_save else None, dtype=dtype,
-        bits=4 if r.load_in_4bit else 8 if r.load_in_8bit else 16, double_quant=r.use_bnb_nested_quant, autocast=auto, kbit_prep=r.load_in_4bit or r.load_in_8bit,
+        bits=4 if r.load_in_4bit else 8 if r.load_in_8bit else 16, double_quant=r.use_bnb_nested_quant, autocast=auto,
         batch=r.per_device_train_batch_size if not r.packing else 1, length=n if not r.packing else n*r.per_device_train_batch_size, padded=not r.packing and r.per_device_train_batch_size>1, trained_share=trained_share,
         attn=r.attn_implementation or 'sdpa', activation_checkpointing=device!='cpu' if r.activation_checkpointing is None else r.activation_checkpointing,
         loss='full' if full else 'fused' if device=='cuda' else 'selected', optim=r.optim, max_grad_norm=r.max_grad_norm, device=device)

@@ -130,7 +130,6 @@ def _adapter(r):
 for m in model.modules():
     if type(m).__name__ == 'Linear4bit': m.support_avx512bf16_for_cpu = False
 '''
-    if r.load_in_4bit or r.load_in_8bit: out += 'model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)\n'
     kw = dict(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, target_modules=r.lora_target_modules, task_type='CAUSAL_LM')
     if r.lora_bias!='none': kw['bias'] = r.lora_bias
     if r.lora_modules_to_save: kw['modules_to_save'] = r.lora_modules_to_save
@@ -171,7 +170,7 @@ def script(
     r = run.recipe
     early, quant = r.early_stopping_patience, r.load_in_4bit or r.load_in_8bit
     tf = ['AutoModelForCausalLM', 'AutoTokenizer', *(['BitsAndBytesConfig'] if quant else []), *(['EarlyStoppingCallback'] if early else []), 'set_seed']
-    peft = '' if r.peft=='full' else 'from peft import LoraConfig, get_peft_model'+(', prepare_model_for_kbit_training' if quant else '')+'\n'
+    peft = '' if r.peft=='full' else 'from peft import LoraConfig, get_peft_model'+'\n'
     name = model_path(r.model_name_or_path)
     hub = f'  # ftnb\'s copy; on the hub: {known_models[r.model_name_or_path]["hub"]}' if r.model_name_or_path in known_models else ''
     valid = "valid_rows = load_dataset('parquet', data_files=str(here / 'data/valid.tokens.parquet'), split='train')\n" if has_valid else ''

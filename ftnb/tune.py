@@ -6,7 +6,7 @@
 __all__ = ['linear_names', 'lora_config', 'make_trainable', 'count_parameters']
 
 # %% ../nbs/31_tune.ipynb #56537962
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 
 from .base import UserError, nearest
 from .fields import Recipe
@@ -46,7 +46,6 @@ def make_trainable(
     config = lora_config(r, model)
     for m in model.modules():
         if type(m).__name__=='Linear4bit': m.support_avx512bf16_for_cpu = False # its packed form, made by any evaluation, passes no gradient back
-    if r.load_in_4bit or r.load_in_8bit: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config)
 
 def count_parameters(model)->tuple:
