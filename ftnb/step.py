@@ -41,6 +41,8 @@ class Step:
     batch:int=8 # Rows of one forward pass
     length:int=1024 # Tokens of each row, padding included
     padded:bool=True # Rows of unequal length, so a mask is passed
+    packed:bool=False # Several rows one behind the other in each row, told apart by their positions
+    accumulates:bool=False # Gradients of an earlier micro batch are there already
     trained_share:float=1. # Share of the tokens that carry a label
     attn:str='sdpa' # sdpa, flash_attention_2 or eager
     activation_checkpointing:bool=True # Recompute activations in the backward pass
@@ -82,7 +84,7 @@ def step_of(
     return Step(config, peft='full' if r.peft=='full' else 'lora', lora_r=r.lora_r, lora_target_modules=tuple(r.lora_target_modules) if isinstance(r.lora_target_modules, list) else r.lora_target_modules,
         lora_dropout=r.lora_dropout, lora_bias=r.lora_bias, modules_to_save=tuple(r.lora_modules_to_save) if r.lora_modules_to_save else None, dtype=dtype,
         bits=4 if r.load_in_4bit else 8 if r.load_in_8bit else 16, double_quant=r.use_bnb_nested_quant, autocast=auto,
-        batch=r.per_device_train_batch_size if not r.packing else 1, length=n if not r.packing else n*r.per_device_train_batch_size, padded=not r.packing and r.per_device_train_batch_size>1, trained_share=trained_share,
+        batch=r.per_device_train_batch_size if not r.packing else 1, length=n if not r.packing else n*r.per_device_train_batch_size, padded=not r.packing and r.per_device_train_batch_size>1, packed=r.packing, accumulates=r.gradient_accumulation_steps>1, trained_share=trained_share,
         attn=r.attn_implementation or 'sdpa', activation_checkpointing=device!='cpu' if r.activation_checkpointing is None else r.activation_checkpointing,
         loss='full' if full else 'fused' if device=='cuda' else 'selected', optim=r.optim, max_grad_norm=r.max_grad_norm, device=device)
 
@@ -101,6 +103,7 @@ class Forecast:
     params_trained:int # Weights that are trained
     source:str='closed form' # Or: trace
     reserved:Optional[int]=None # Most that the allocator holds of the device; None: not simulated
+    fits:Optional[bool]=None # Whether that goes with the limit that was given; None: no limit, or not simulated
     notes:tuple=() # What is not as one would expect, and what is not counted
 
     @property
