@@ -53,7 +53,7 @@ _gemma = dict(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, max
 _qwen = dict(num_key_value_heads=32, head_dim=None, tie_word_embeddings=False, max_position_embeddings=32768,
     use_sliding_window=False, sliding_window=4096)
 defaults = dict(
-    llama=dict(_llama, attention_bias=False, mlp_bias=False),
+    llama=(_biases := dict(_llama, attention_bias=False, mlp_bias=False)), granite=_biases,
     mistral=dict(_llama, num_key_value_heads=8, max_position_embeddings=4096*32, sliding_window=4096),
     mixtral=dict(_llama, num_key_value_heads=8, max_position_embeddings=4096*32, sliding_window=None),
     qwen2=_qwen, qwen3=dict(_qwen, head_dim=128, attention_bias=False),
@@ -78,7 +78,7 @@ class Family(NamedTuple):
     qk_norms:tuple=() # Per head, inside attention
     expert_size:str='' # Key with the width of one expert, for mixtures of experts
 _ab = 'attention_bias'
-families = dict(llama=Family('llama', _ab, _ab, 'mlp_bias'), mistral=Family(), mixtral=Family(expert_size='intermediate_size'),
+families = dict(llama=Family('llama', _ab, _ab, 'mlp_bias'), granite=Family('llama', _ab, _ab, 'mlp_bias'), mistral=Family(), mixtral=Family(expert_size='intermediate_size'),
     qwen2=Family(qkv_bias=True), qwen3=Family('llama', _ab, _ab, qk_norms=_qk),
     qwen2_moe=Family(qkv_bias='qkv_bias', expert_size='moe_intermediate_size'),
     qwen3_moe=Family('llama', _ab, _ab, qk_norms=_qk, expert_size='moe_intermediate_size'),

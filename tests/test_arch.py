@@ -22,6 +22,7 @@ gqa = dict(num_key_value_heads=2)
 variants = dict(
     llama=('llama', {}), llama_tied_gqa=('llama', dict(gqa, tie_word_embeddings=True)), llama_biases=('llama', dict(gqa, attention_bias=True, mlp_bias=True)),
     llama_head_dim=('llama', dict(gqa, head_dim=24)), llama_null=('llama', dict(num_key_value_heads=None, head_dim=None)),
+    granite=('granite', gqa), granite_biases=('granite', dict(gqa, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     mistral=('mistral', gqa), mistral_head_dim=('mistral', dict(gqa, head_dim=24, tie_word_embeddings=True)),
     mixtral=('mixtral', dict(gqa, num_local_experts=4, num_experts_per_tok=2)), mixtral_head_dim=('mixtral', dict(gqa, num_local_experts=3, num_experts_per_tok=1, head_dim=24)),
     qwen2=('qwen2', gqa), qwen2_tied=('qwen2', dict(gqa, tie_word_embeddings=True)), qwen2_head_dim=('qwen2', dict(gqa, head_dim=24)),
