@@ -15,8 +15,7 @@ from .base import UserError, nearest
 # %% ../nbs/01_settings.ipynb #138324ad
 own_keys = dict(
     runs='Folder of the run folders, from where settings.ini lies',
-    prices='Price list of devices, a CSV or JSON file',
-    currency='Currency of that list',
+    currency='Currency of the prices in section [prices]',
 )
 stage_names = ('prepare', 'plan', 'train', 'evaluate', 'export', 'serve')
 
@@ -29,6 +28,7 @@ class Settings:
     own:dict=field(default_factory=dict) # Keys of `own_keys`
     defaults:dict=field(default_factory=dict) # Recipe fields, for every stage
     stages:dict=field(default_factory=dict) # Stage name to recipe fields of that stage
+    prices:dict=field(default_factory=dict) # Device name to price of an hour; `ftnb.devices` reads them
 
     @property
     def runs(self)->Path:
@@ -65,11 +65,13 @@ def read_settings(
     if path is None: return Settings(root=Path(start).resolve())
     cp = _parse(path)
     for s in cp.sections():
-        if s!='ftnb' and s not in stage_names: raise UserError(f'{path}: unknown section [{s}].{nearest(s, stage_names)}')
+        if s=='prices': continue
+        if s!='ftnb' and s not in stage_names: raise UserError(f'{path}: unknown section [{s}].{nearest(s, [*stage_names, "prices"])}')
         for k in cp[s]:
             if fields is not None and k not in fields and not (s=='ftnb' and k in own_keys):
                 raise UserError(f'{path}: unknown key {k!r} in [{s}].{nearest(k, [*fields, *own_keys])}')
     general = dict(cp['ftnb'])
     user = path.parent.name=='ftnb' and path.parent.parent.name in ('.config',)
     return Settings(path, Path(start).resolve() if user else path.parent, {k:v for k,v in general.items() if k in own_keys},
-        {k:v for k,v in general.items() if k not in own_keys}, {s:dict(cp[s]) for s in cp.sections() if s!='ftnb'})
+        {k:v for k,v in general.items() if k not in own_keys}, {s:dict(cp[s]) for s in cp.sections() if s not in ('ftnb', 'prices')},
+        dict(cp['prices']) if cp.has_section('prices') else {})
