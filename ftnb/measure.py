@@ -25,7 +25,7 @@ class Meter(TrainerCallback):
     "Notes the peak memory of each phase of training, in bytes"
     def __init__(self, cuda:bool=None):
         self.cuda = torch.cuda.is_available() if cuda is None else cuda
-        self.phase, self.peaks, self.reserved, self.longest, self._high = 'load', {}, 0, 0, 0
+        self.phase, self.peaks, self.reserved, self.longest, self._high = 'load', {}, 0, 0, _max_rss()
 
     def enter(self, phase:str):
         "End the phase that is running and begin another"
