@@ -6,7 +6,7 @@ import pytest
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch = pytest.importorskip('torch')
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TrainerCallback
 
@@ -98,7 +98,7 @@ def state_bytes(opt, optim):
     ts = [v for s in opt.state.values() for k,v in s.items() if torch.is_tensor(v) and (k!='step' or optim=='adamw_torch_fused')]
     return nbytes(*ts)
 
-def step(tmp_path, d, optim, bits=16, dtype='bfloat16', optim_args=None, **lora):
+def step(tmp_path, d, optim, bits=16, dtype='bfloat16', optim_args=None, config=None, **lora):
     "One step of `SFTTrainer` on the real model: (estimate's fields, counted)"
     from bitsandbytes.optim import GlobalOptimManager
     from datasets import Dataset
@@ -110,7 +110,7 @@ def step(tmp_path, d, optim, bits=16, dtype='bfloat16', optim_args=None, **lora)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         t = SFTTrainer(model=load(d, bits, dtype=dtype), args=args, processing_class=tokenizer(), callbacks=[grads],
-            train_dataset=Dataset.from_list([dict(input_ids=list(range(3, 15)))]*2), peft_config=LoraConfig(task_type='CAUSAL_LM', **lora) if lora else None)
+            train_dataset=Dataset.from_list([dict(input_ids=list(range(3, 15)))]*2), peft_config=config or (LoraConfig(task_type='CAUSAL_LM', **lora) if lora else None))
         t.train()
     params = list(t.model.parameters())
     own = [p for p in params if p.requires_grad]
@@ -147,6 +147,41 @@ def test_optimizers(tmp_path, folder, optim):
     compare(tmp_path, folder('llama'), optim, r=48, target_modules='all-linear', modules_to_save=['embed_tokens'])
 
 def test_sgd_with_momentum(tmp_path, folder): compare(tmp_path, folder('llama'), 'sgd', optim_args='momentum=0.9')
+
+# ---- the other adapters of PEFT
+
+others = dict(ia3=IA3Config, prompt=PromptTuningConfig, prefix=PrefixTuningConfig)
+
+cases = [(p, n, b) for p in others for n in ('llama', 'gemma2', 'phi', 'falcon') for b in (16, 4) if (p, n)!=('prefix', 'falcon') and (p, n, b)!=('ia3', 'phi', 4)] # there a step casts the biases
+
+@pytest.mark.parametrize('peft,name,bits', cases)
+def test_ia3_prompt_and_prefix(tmp_path, folder, peft, name, bits):
+    n = {} if peft=='ia3' else dict(num_virtual_tokens=70) # an embedding over 4096 numbers
+    dtype = 'float32' if peft=='ia3' and bits==4 else 'bfloat16' # without autocast PEFT hands on float32 there, which attention does not mix
+    real = step(tmp_path, folder(name), 'adamw_8bit', bits, dtype, config=others[peft](task_type='CAUSAL_LM', **n))
+    e = at_least(Arch.read(folder(name)), peft, dtype=dtype, load_in_4bit=bits==4, optim='adamw_8bit', **n)
+    assert {k: getattr(e, k) for k in real}==real
+
+def test_ia3_with_names(tmp_path, folder):
+    names = dict(target_modules=['q_proj', 'o_proj', 'down_proj'], feedforward_modules=['down_proj'])
+    real = step(tmp_path, folder('qwen3'), 'adamw_torch_fused', config=IA3Config(task_type='CAUSAL_LM', **names))
+    e = at_least(Arch.read(folder('qwen3')), 'ia3', lora_target_modules=names['target_modules'])
+    assert {k: getattr(e, k) for k in real}==real
+
+def test_a_bottleneck_is_two_linear_layers_behind_attention_and_mlp(folder):
+    a = Arch.read(folder('phi'))
+    block = torch.nn.Sequential(torch.nn.Linear(64, 24), torch.nn.Linear(24, 64))
+    assert [sum(t.params for t in trained(a, 'bottleneck', lora_target_modules=n, bottleneck_size=24)) for n in ('all-linear', ['fc2'])]==[k*2*sum(p.numel() for p in block.parameters()) for k in (2, 1)]
+    e = at_least(a, 'bottleneck', bottleneck_size=24)
+    assert (e.params_trained, e.trained_weights)==(4*sum(p.numel() for p in block.parameters()), 4*e.params_trained)
+
+def test_prefix_tuning_of_falcon_is_refused_as_peft_can_not_run_it(folder):
+    with pytest.raises(UserError, match='falcon'): at_least(Arch.read(folder('falcon')), 'prefix')
+
+def test_a_rank_over_the_width_is_refused_with_the_layer(folder):
+    with pytest.raises(UserError, match=r'lora_r: 65 is over the width of model.layers.0.self_attn.q_proj, 64'): at_least(Arch.read(folder('llama')), lora_r=65)
+    assert at_least(Arch.read(folder('llama')), lora_r=64).params_trained
+    with pytest.raises(UserError, match='bottleneck_size: 65 is over the width'): at_least(Arch.read(folder('llama')), 'bottleneck', bottleneck_size=65)
 
 # ---- the value, and mistakes
 
