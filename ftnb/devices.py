@@ -34,7 +34,10 @@ class Device:
     spec:str='' # Where the other numbers are from
 
     @property
-    def half(self)->str: return 'bfloat16' if self.bf16 else 'float16' if self.fp16 else 'float32'
+    def half(self)->str:
+        "The type it trains in"
+        if self.kind=='cpu': return 'float32'
+        return 'bfloat16' if self.bf16 or not self.fp16 and (self.capability or 8)>=8 else 'float16'
     @property
     def flops(self)->Optional[float]:
         "Operations a second in the type it trains in; None: unknown"

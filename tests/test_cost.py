@@ -140,6 +140,12 @@ def test_after_20_steps_within_a_tenth(run, steps):
         assert r.total.low<took<r.total.high, (n, r.total, took)
         assert r.left==pytest.approx(r.total.seconds-at, abs=1e-6)
 
+def test_a_pause_for_evaluation_is_no_spread_of_the_speed():
+    es = [e for e in real if e['run']=='demo']
+    at = next(e['t'] for e in es if e['event']=='log' and e['step']==120)
+    r = eta([e for e in es if e['t']<=at], **plans['demo'])
+    assert r.total.high-r.total.seconds==pytest.approx(.05*r.left+14.7725/2, rel=.01)
+
 def test_before_20_steps_the_prior_is_all_there_is():
     es = [e for e in real if e['run']=='demo' and e['t']<30]
     prior = Time(500, 200, 1250)
