@@ -85,7 +85,7 @@ optims = dict(adamw_torch=_torch(2), adamw_torch_fused=_torch(2, 4), adafactor=_
 
 # %% ../nbs/16_memory.ipynb #bde668e3
 def optimizer_bytes(
-    tensors, # (`Trained`, bytes of one number) of everything that is trained
+    tensors, # (`Trained`, bytes of one number, and how many if not one) of everything that is trained
     optim:str='adamw_torch_fused', # Key of `optims`
     optim_args:Optional[str]=None, # More arguments, as key=value,...; `momentum` of sgd adds a state
     unit:int=1, # Bytes that each tensor is rounded up to
@@ -96,8 +96,8 @@ def optimizer_bytes(
     args = dict(a.split('=', 1) for a in (optim_args or '').replace(' ', '').split(',') if '=' in a)
     f = _torch(1) if optim=='sgd' and float(args.get('momentum', 0)) else optims[optim]
     states = 0 if not optim.endswith('8bit') else 1 if 'lion' in optim else 2
-    tables = 4*256*states*any(_in_8bit(t) for t,_ in tensors)  # one per state for all tensors together
-    return sum(-(-n//unit)*unit for t,size in tensors for n in f(t, size))+tables
+    tables = 4*256*states*any(_in_8bit(t) for t,*_ in tensors)  # one per state for all tensors together
+    return sum(-(-n//unit)*unit*prod(k) for t,size,*k in tensors for n in f(t, size))+tables
 
 # %% ../nbs/16_memory.ipynb #458eb937
 @dataclass(frozen=True, repr=False)
