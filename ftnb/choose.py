@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from .base import Table, UserError, gib, nearest
 from .devices import device
-from .fit import Fit, fits, lower_bound, memory_of
+from .fit import Fit, fits, memory_of
+from .forecast import forecast
 from .profiles import profile, profiles, tasks
 from .step import Step
 
@@ -37,7 +38,7 @@ def method_step(
 def which_fit(
     models=classic, # Names of profiles
     among=('T4', 'RTX 4090', 'RTX 5090', 'A100 40GB', 'L40S', 'A100 80GB', 'H200', 'B200'), # Devices or their names
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     length:int=1024, # Tokens of a row
     batch:int=1, # Rows of a pass
 )->Table:
@@ -67,7 +68,7 @@ def select_model(
     task:str='general', # Key of `ftnb.profiles.tasks`
     prefer:str='accuracy', # accuracy or speed
     length:int=1024, # Tokens of a row
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     verdicts=('fits',), # What is good enough
 )->Choice:
     "What to take for a machine; a `UserError` where nothing fits, or for a task or preference that is unknown"
@@ -90,5 +91,5 @@ def select_model(
     (p, m, f), rest = picks[0], picks[1:]
     first = f'the highest MMLU of those that fit, {p.mmlu:g} ({p.mmlu_source})' if prefer=='accuracy' and p.mmlu else 'the fewest parameters a token meets of those that fit' if prefer=='speed' else 'the smallest of those that fit, none of which has a figure that compares'
     better = [f'{q.name} would be {"better" if prefer=="accuracy" else "faster"}, but {g.line}' for q,g in out if order(q)<order(p)][:2]
-    reasons = (f'good at {task}: {tasks[task]}', first, f.line, f'{p.best_for}; take it when {p.when}', f'licence: {p.licence}', *better, *p.quirks, *f.forecast.notes)
+    reasons = (f'good at {task}: {tasks[task]}', first, f.line, f'{p.best_for}; take it when {p.when}', f'licence: {p.licence}', *better, *p.quirks, *f.notes)
     return Choice(p.name, m, method_step(p.config, m, d, length), f, reasons, tuple((q.name, n) for q,n,_ in rest))

@@ -15,6 +15,7 @@ from .arch import Arch
 from .base import Table, UserError, gib, nearest
 from .devices import Device, device, devices
 from .flops import flops, step_time
+from .forecast import forecast
 from .memory import at_least
 from .step import Forecast, Step
 
@@ -50,17 +51,21 @@ class Fit:
 
     def __bool__(self): return self.verdict=='fits'
     @property
+    def notes(self)->list:
+        "What the forecast says besides; the context, which it leaves out, is in the band"
+        return [n for n in self.forecast.notes if not n.startswith('Not counted')]
+    @property
     def line(self)->str: return f'{self.verdict}: needs {gib(self.need[1])} ({gib(self.need[0])} to {gib(self.need[2])}) of {gib(self.memory)} on {self.device.name}'
     @property
     def table(self)->Table:
         return Table([dict(what=k, least=gib(v[0]), likely=gib(v[1]), most=gib(v[2])) for k,v in dict(allocated=self.allocated, reserved=self.reserved, device=self.need).items()], title=self.line)
-    def __repr__(self): return '\n'.join([repr(self.table), *self.forecast.notes])
-    def _repr_html_(self): return self.table._repr_html_()+''.join(f'<p>{n}</p>' for n in self.forecast.notes)
+    def __repr__(self): return '\n'.join([repr(self.table), *self.notes])
+    def _repr_html_(self): return self.table._repr_html_()+''.join(f'<p>{n}</p>' for n in self.notes)
 
 def fits(
     s, # A `Step`, or a `Forecast` of one
     d, # `Device`, or its name
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
 )->Fit:
     "Whether a step fits on a device, with the bands of what is forecast"
     f, d = s if isinstance(s, Forecast) else forecast(s), device(d)
@@ -76,7 +81,7 @@ def largest(
     s:Step, # What is computed
     d, # `Device`, or its name
     what:str='length', # length or batch
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     verdicts=('fits',), # What is good enough
     most:int=None, # Look no further; None: the model's positions, or 1,024 rows
 )->int: # 0: not even one fits
@@ -107,7 +112,7 @@ class Place:
 
 def places(
     s:Step, # What is computed
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     among=None, # Devices or their names; None: every GPU of the table
     by:str='hour', # hour or run
     verdicts=('fits',), # What is good enough
@@ -123,7 +128,7 @@ def places(
 
 def cheapest(
     s:Step, # What is computed
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     among=None, # Devices or their names; None: every GPU of the table
     by:str='hour', # hour or run
 )->Place:
@@ -184,7 +189,7 @@ def _shorter(s, d, forecast, verdicts):
 def changes(
     s:Step, # What does not fit
     d, # `Device`, or its name
-    forecast=lower_bound, # From a `Step` to a `Forecast`
+    forecast=forecast, # From a `Step` to a `Forecast`
     verdicts=('fits',), # What is good enough
 )->list: # Of `Change`, the fastest first
     "What would make a step fit on a device; empty if nothing here does"
