@@ -1217,6 +1217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftnb.watch.Monitor.on_train_end': ('watch.html#monitor.on_train_end', 'ftnb/watch.py'),
                             'ftnb.watch.RunLog': ('watch.html#runlog', 'ftnb/watch.py'),
                             'ftnb.watch.RunLog.__init__': ('watch.html#runlog.__init__', 'ftnb/watch.py'),
+                            'ftnb.watch.RunLog._evaluations': ('watch.html#runlog._evaluations', 'ftnb/watch.py'),
                             'ftnb.watch.RunLog._speed': ('watch.html#runlog._speed', 'ftnb/watch.py'),
                             'ftnb.watch.RunLog.on_log': ('watch.html#runlog.on_log', 'ftnb/watch.py'),
                             'ftnb.watch.RunLog.on_save': ('watch.html#runlog.on_save', 'ftnb/watch.py'),
@@ -1232,4 +1233,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftnb.watch.in_notebook': ('watch.html#in_notebook', 'ftnb/watch.py'),
                             'ftnb.watch.monitor_html': ('watch.html#monitor_html', 'ftnb/watch.py'),
                             'ftnb.watch.svg_curve': ('watch.html#svg_curve', 'ftnb/watch.py'),
-                            'ftnb.watch.svg_image': ('watch.html#svg_image', 'ftnb/watch.py')}}}
+                            'ftnb.watch.svg_image': ('watch.html#svg_image', 'ftnb/watch.py'),
+                            'ftnb.watch.time_left': ('watch.html#time_left', 'ftnb/watch.py')}}}
