@@ -221,6 +221,8 @@ def forecast(
     def all_of(d): return sum(v*times(k) for k,v in d.items())
     tensors = [(x, b, times(k)) for k,xs in p.tensors.items() for x,b in xs]
     frozen, trained, states = all_of(p.frozen), all_of(p.trained), optimizer_bytes(tensors, s.optim, unit=t.unit)
+    if s.lora_dropout and any(x.module=='experts' and x.kind=='lora' for x,*_ in tensors):
+        raise UserError(f'lora_dropout: PEFT has none on fused experts, and those of {arch.model_type} get an adapter; set it to 0, or name other layers in lora_target_modules.')
     grads = sum(rounded(x.params*b)*k for x,b,k in tensors)
     there, scratch = grads if s.accumulates else 0, _scratch(s, tensors, grads)
     windows = _windows(t, more, len(pick)-1, s.activation_checkpointing)
