@@ -166,9 +166,8 @@ def kernels(
         n = round(share*m.numel())
         places = [torch.empty(n, dtype=torch.long) for _ in m.shape]
         return x.new_empty(n, *x.shape[m.ndim:])
-    res = {aten.index.Tensor: index}
-    if device=='cuda':
-        import bitsandbytes
-        ops = torch.ops.bitsandbytes
-        res |= {ops.gemm_4bit.default: _gemm_4bit, ops.int8_vectorwise_quant.default: _int8_quant, ops.int8_mixed_scaled_mm.default: _int8_mixed, ops.int8_scaled_mm.default: _int8_scaled}
+    import bitsandbytes
+    ops = torch.ops.bitsandbytes
+    res = {aten.index.Tensor: index, ops.gemm_4bit.default: _gemm_4bit}
+    if device=='cuda': res |= {ops.int8_vectorwise_quant.default: _int8_quant, ops.int8_mixed_scaled_mm.default: _int8_mixed, ops.int8_scaled_mm.default: _int8_scaled}
     return res

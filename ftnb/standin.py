@@ -146,9 +146,9 @@ def build(
     import peft
     model = _model(config_of(step, layers), step)
     if step.bits<16: _quantise(model, step)
-    if step.kbit_prep: model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if step.kbit_prep and step.bits<16: model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if step.peft!='full': model = _adapt(model, step)
-    if step.kbit_prep and step.era!='1.16' and step.autocast=='bfloat16': _old_casts(model)
+    if step.kbit_prep and step.bits<16 and step.era!='1.16' and step.autocast=='bfloat16': _old_casts(model)
     if step.activation_checkpointing:
         base_of(model).activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=step.era!='1.16'))
         if step.peft!='full': model.enable_input_require_grads()

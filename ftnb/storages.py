@@ -54,6 +54,10 @@ class Storages(TorchDispatchMode):
         self.now -= self.size[i]
         self.events.append((i, -1))
 
+    def drop(self, t):
+        "Count a tensor's storage as dead from here on, though code that differs from what is traced still holds it"
+        if (i := self._index.get(t.untyped_storage())) in self._refs: self.died(i)
+
     def see(self, t, owner:str=None)->int:
         "Count a tensor's storage from here on; an owner that is given is claimed"
         s = t.untyped_storage()

@@ -18,7 +18,7 @@ from .allocator import replay
 from .base import UserError, digest, file_digest, ftnb_home, gib, read_json, write_json
 from .faithful import faithful, kernels
 from .standin import alike, base_of, blocks_of, build, config_of, make_optimizer, unshrunk
-from .step import Forecast, Step, losses, owners, phases
+from .step import Forecast, Step, owners, phases
 from .storages import Storages
 
 # %% ../nbs/39b_trace.ipynb #5eec25bb
@@ -48,14 +48,21 @@ def _copied_loss(logits, labels, vocab_size, **kwargs):
     shifted, labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
     return torch.nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels.view(-1))
 
-def _prepare_loss(model, step:Step):
+def _float32_loss(s:Storages):
+    "The loss up to transformers 4.45: the model's own logits are replaced by float32 ones"
+    def loss(logits, labels, vocab_size, **kwargs):
+        new = logits.float()
+        if new is not logits: s.drop(logits)
+        return _copied_loss(new, labels, vocab_size)
+    return loss
+
+def _prepare_loss(model, step:Step, s:Storages):
     "Put the loss of a step's era on its model"
     base = base_of(model)
     if step.loss=='fused':
         from trl.trainer.utils import add_fused_lm_head
         add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
-    elif step.era!='1.16': base.loss_function = _copied_loss
-    if step.era=='4.45': base.get_output_embeddings().register_forward_hook(lambda m, args, out: out.float())
+    elif step.era!='1.16': base.loss_function = _float32_loss(s) if step.era=='4.45' else _copied_loss
 
 def _loss(model, step:Step, ids, labels, more:dict):
     "The loss of one batch, by the path that the step takes"
@@ -139,22 +146,23 @@ def trace_layers(
 )->Traced:
     "The step of a model cut to so many layers, traced"
     config = config_of(step, layers).get_text_config()
-    unit = 512 if step.device=='cuda' else 1
     wide = {config.vocab_size, 32768 if step.loss=='fused' else config.vocab_size}
-    with _undisturbed(), FakeTensorMode(allow_non_fake_inputs=True), faithful(step.device, step.packed):
-        model = build(step, layers)
-        _prepare_loss(model, step)
-        opt = make_optimizer(step, model)
-        s = Storages(kernels(step.trained_share, step.device), unit, wide)
-        _see_model(model, s)
-        _watch(model, layers, s)
-        try:
+    what = f'The step of {config.model_type} with peft: {step.peft} can not be traced'
+    s = Storages(kernels(step.trained_share, step.device), 512 if step.device=='cuda' else 1, wide)
+    try:
+        with _undisturbed(), FakeTensorMode(allow_non_fake_inputs=True), faithful(step.device, step.packed):
+            model = build(step, layers)
+            _prepare_loss(model, step, s)
+            opt = make_optimizer(step, model)
+            _see_model(model, s)
+            _watch(model, layers, s)
             with s:
                 for first in (True, False): _run_step(model, step, opt, s, first)
-        except (DataDependentOutputException, DynamicOutputShapeException) as e: raise UserError(f'{config.model_type} with peft: {step.peft} looks at the values of its tensors ({e.func}), so it can not be traced; its memory is known by the closed form only.') from None
-        except (ValueError, TypeError, AttributeError, RuntimeError) as e: raise UserError(f'The step of {config.model_type} with peft: {step.peft} can not be traced ({type(e).__name__}: {(str(e).splitlines() or [""])[0]}); its memory is known by the closed form only.') from e
-        marks = [m for m in s.peaks if m in _phase]
-        return Traced(layers, {m: s.peaks[m][0] for m in marks}, {m: s.owners(m) for m in marks}, _params(model), _params(model, True), unshrunk(model) if step.bits<16 else 0, s.events)
+            marks = [m for m in s.peaks if m in _phase]
+            return Traced(layers, {m: s.peaks[m][0] for m in marks}, {m: s.owners(m) for m in marks}, _params(model), _params(model, True), unshrunk(model) if step.bits<16 else 0, s.events)
+    except UserError: raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as e: raise UserError(f'{what}: it looks at the values of its tensors ({e.func}); its memory is known by the closed form only.') from None
+    except (ValueError, TypeError, AttributeError, RuntimeError) as e: raise UserError(f'{what} ({type(e).__name__}: {(str(e).splitlines() or [""])[0]}); its memory is known by the closed form only.') from e
 
 # %% ../nbs/39b_trace.ipynb #75ea0232
 def deeper(
