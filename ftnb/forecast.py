@@ -140,10 +140,8 @@ def walk(
     t.phase = 'backward'
     t.at('head')
     t.backward(loss, t.new(1, 4))
-    del loss
-    p.leaf = None
     t.phase = 'end'
-    t.at('end')
+    t.at('end') # the loss still holds the graph
     t.take(0, ACT)
     return t, p
 
@@ -194,9 +192,8 @@ def _windows(t:Tape, more:dict, last:int, again:bool)->dict: # phase -> (bytes, 
         if n<0: continue
         by, middle = list(by), place in more and found<stays
         if phase=='loss' or phase=='forward' and place in (last, 'norm'): by[ACT] += kept
-        elif phase=='end': by[GRAD] += grads
         elif phase=='backward' and place in ('head', 'norm', last, *more) and not middle: by[ACT] += found
-        elif phase=='backward': by[ACT] += stays-grads; by[GRAD] += grads
+        elif phase in ('backward', 'end'): by[ACT] += stays-grads; by[GRAD] += grads
         p, n = _phase(phase, place), sum(by)
         if n>res.get(p, (-1,))[0]: res[p] = n, by
     return res

@@ -87,12 +87,12 @@ def in_4bit(c:Run, x:T, m:Lin)->T:
 
 def in_8bit(c:Run, x:T, m:Lin)->T:
     "A layer in 8 bits (`MatMul8bitLt`)"
-    t, w, n, rows = c.t, m.cols*m.rows, x.n//m.cols*m.rows, x.n//m.cols
+    t, w, n, rows, size = c.t, m.cols*m.rows, x.n//m.cols*m.rows, x.n//m.cols, x.size
     ws = wants((x,))
     def quantised():
         half = None if c.float16 and x.size==2 else t.new(x.n, 2, WORK)
         q = t.new(x.n, 1, WORK), t.new(rows, 4, WORK)
-        size = t.new(x.n, 2, WORK)
+        absolute = t.new(x.n, 2, WORK)
         outliers = t.new(x.n, 1, WORK)
         return q
     def forward():
@@ -100,7 +100,7 @@ def in_8bit(c:Run, x:T, m:Lin)->T:
         out = t.new(n, 2, WORK)
         return [t.new(n, x.size)]
     def back(t, g):
-        q = t.new(w, x.size, WORK)
+        q = t.new(w, size, WORK)
         return [t.new(*ws[0])]
     q = quantised()
     out = t.op(forward, (x,), back)
