@@ -10,14 +10,14 @@ def table(rows, cols):
 
 def line(name, s):
     if not s['n']: return dict.fromkeys(('rows', 'n', 'median', '90 %', 'worst', 'bias', 'from', 'to', 'within 5 %'), '')|dict(rows=name, n=0)
-    pc = lambda x: f'{x:+.2f} %'
-    return {'rows': name, 'n': s['n'], 'median': pc(s['median']).lstrip('+'), '90 %': pc(s['p90']).lstrip('+'), 'worst': pc(s['worst']).lstrip('+'), 'bias': pc(s['bias']), 'from': pc(s['lowest']), 'to': pc(s['highest']), 'within 5 %': f'{100*s["within_5"]:.0f} %'}
+    pc = lambda x: f'{x:+.2f}'
+    return {'rows': name, 'n': s['n'], 'median': pc(s['median']).lstrip('+'), '90 %': pc(s['p90']).lstrip('+'), 'worst': pc(s['worst']).lstrip('+'), 'bias': pc(s['bias']), 'from': pc(s['lowest']), 'to': pc(s['highest']), 'within 5 %': f'{100*s["within_5"]:.0f}'}
 
 def section(metric, r):
     s, rows = r['summary'][metric], [o for o in r['rows'] if o['metric']==metric]
     parts = [line('all', s['all'])] + ([line('without the rows a length was derived from', s['without_derived'])] if s['without_derived']['n']!=s['all']['n'] else [])
     parts += [line(k, v) for k,v in s['by_method'].items()] + [line(f'transformers {k}', v) for k,v in s['by_version'].items() if k] + ([line('fused kernels (foak), forecast as if without', s['foak'])] if s['foak']['n'] else [])
-    out = [f'## {names[metric]}\n\nErrors are (forecast - measured) / measured; median, 90 % and worst without their sign.\n\n'+table(parts, list(parts[0]))]
+    out = [f'## {names[metric]}\n\nErrors are (forecast - measured) / measured, in per cent; median, 90 % and worst without their sign.\n\n'+table(parts, list(parts[0]))]
     gib = lambda b: f'{b/2**30:.2f}'
     each = [dict(row=o['id'], model=o['model'].split('/')[-1], method=o['method'], variant=o['variant'], transformers=o['transformers'], batch=o['batch'], tokens=o['tokens_per_row'], measured=gib(o['measured']), forecast=gib(o['forecast']), error=f'{o["error"]:+.2f} %'+(' (derived)' if o['derived'] else '')) for o in rows if not o['foak']]
     out.append('::: {.callout-note collapse="true"}\n## Every row, in GiB\n\n'+table(each, list(each[0]))+'\n:::' if each else '')
