@@ -30,9 +30,9 @@ def main():
 title: How right the forecast is
 ---
 
-The exact path, `ftnb.trace`, against peaks of GPU memory that others have measured and published with their settings ({r["source"]}). Nothing is fitted to a peak. Made by `python bench/memory.py --data memory_calibration.csv` and `python tools/accuracy.py`, with transformers {v["transformers"]}, TRL {v["trl"]}, PEFT {v["peft"]}, torch {v["torch"]}; older library versions are emulated where they differ in memory (a copy of the logits, AdamW by foreach), and named with each row.
+The exact path, `ftnb.trace`, against peaks of GPU memory that others have measured and published with their settings ({r["source"]}). No number is fitted to a peak but the lengths named below. Made by `python bench/memory.py --data memory_calibration.csv` and `python tools/accuracy.py`, with transformers {v["transformers"]}, TRL {v["trl"]}, PEFT {v["peft"]}, torch {v["torch"]}; older library versions are emulated where they differ in memory (a copy of the logits, AdamW by foreach), and named with each row.
 
-Rows of the runs on orca-math were padded to the longest row of a batch, and no length is published. The longest follows from the peak of one row, the mean of the others from that of a second; both are marked *derived*, and the summary stands with and without them.''']
+Rows of the runs on orca-math were padded to the longest row of a batch, and no length is published. The longest follows from the peak of one row, the mean of the others from that of a second; both are marked *derived*, and the summary stands with and without them. The reserved rows are of PEFT's benchmark, whose batches were padded to an unknown length too: 643 tokens, which who compiled the table has fitted to them.''']
     out += [section(m, r) for m in names if r['summary'].get(m)]
     if r['no_forecast']: out.append('## No forecast\n\n'+table([dict(rows=n, reason=k.split(': ', 1)[1], metric=k.split(': ')[0]) for k,n in r['no_forecast'].items()], ['metric', 'rows', 'reason']))
     out.append('''## What has no row
