@@ -77,7 +77,7 @@ def fused_attention(c:Run, q:T, k:T, v:T, groups:int)->T:
     n, kn, size, ws = q.n, k.n*groups, q.size, wants((q, k, v))
     def back(t, g):
         if c.cuda: rows = t.new(c.batch*a.heads*_up(c.length, 128)*_up(a.head_dim, 32), 4, WORK), t.new(c.batch*a.heads*_up(c.length, 128), 4, WORK)
-        if groups>1: every = t.new(kn, size, WORK), t.new(kn, size, WORK)
+        if groups>1 and c.cuda: every = t.new(kn, size, WORK), t.new(kn, size, WORK)
         return [w and t.new(*w) for w in ws]
     save = [q, k, v]
     if mask is not None:
@@ -91,7 +91,7 @@ def sdpa(c:Run, q:T, k:T, v:T, groups:int)->T:
     one_key, falcon = c.arch.kv_heads==1, c.arch.model_type=='falcon'
     if falcon and groups>1: return formula(c, q, k, v, groups)
     if c.mask is not None or c.arch.head_dim>256: k, v, groups = repeat(c.t, k, groups, one_key), repeat(c.t, v, groups, one_key), 1
-    if groups>1 and (not c.cuda or q.size==4 and not c.auto): return formula(c, q, k, v, groups)
+    if groups>1 and c.cuda and q.size==4 and not c.auto: return formula(c, q, k, v, groups)
     return fused_attention(c, q, k, v, groups)
 def flash(c:Run, q:T, k:T, v:T, groups:int)->T:
     "The flash-attn library; padded rows are gathered into one sequence without padding and scattered back"
@@ -124,7 +124,7 @@ def eager(c:Run, q:T, k:T, v:T, groups:int)->T:
     if c.softcap: w = one(t, one(t, one(t, w), keep=True))
     if c.mask is not None: w = add(t, w, c.mask)
     w = cast(t, softmax(t, cast(t, w, 4)), size)
-    w = dropout(t, w, c.attn_dropout)
+    w = dropout(t, w, c.attn_dropout, c.cuda)
     return copy(t, matmul(t, auto(c, w), heads(v), q.n))
 
 def qkv(c:Run, x:T, W:dict)->tuple:

@@ -87,9 +87,9 @@ def _parallel(c, h, W, i):
     t.at((i, 'norms'))
     h = norm(c, h, W[a.norms[0]])
     t.at((i, 'attention'))
-    o = dropout(t, attention(c, h, W), c.resid_dropout)
+    o = dropout(t, attention(c, h, W), c.resid_dropout, c.cuda)
     t.at((i, 'mlp'))
-    f = dropout(t, mlp(c, h, W), c.resid_dropout)
+    f = dropout(t, mlp(c, h, W), c.resid_dropout, c.cuda)
     return add(t, add(t, o, f), res)
 
 def _falcon(c, h, W, i):
@@ -112,7 +112,7 @@ def _falcon(c, h, W, i):
 def _serial(c, h, W, i):
     "Llama and most others; Gemma 2 and 3 also norm what comes out"
     t, n, four, granite = c.t, c.arch.norms, len(c.arch.norms)==4, c.arch.model_type=='granite'
-    def out(h, k): return norm(c, h, W[n[k]]) if four else one(t, h) if granite else dropout(t, h, c.resid_dropout)
+    def out(h, k): return norm(c, h, W[n[k]]) if four else one(t, h) if granite else dropout(t, h, c.resid_dropout, c.cuda)
     res = h
     t.at((i, 'norms'))
     h = norm(c, h, W[n[0]])

@@ -117,7 +117,7 @@ def lora(c:Run, x:T, m:Lin)->T:
     size, casts = y.size, m.bits==16 or not c.auto
     a, b = m.lora
     if casts: x = cast(t, x, a.w.size)
-    z = one(t, plain(c, plain(c, dropout(t, x, m.dropout), a), b))
+    z = one(t, plain(c, plain(c, dropout(t, x, m.dropout, c.cuda), a), b))
     if casts and m.bits<16: z = cast(t, z, size)
     y = add(t, y, z)
     return cast(t, y, size) if m.bits==16 else y

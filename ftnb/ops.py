@@ -125,7 +125,7 @@ def softmax(t:Tape, x:T)->T:
     "Softmax, which saves its result"
     return t.op(lambda: [t.new(x.n, x.size, x.owner)], (x,), each((x,)), keep=(0,))
 
-def dropout(t:Tape, x:T, p:float)->T:
-    "`native_dropout`: CUDA keeps a byte per number"
+def dropout(t:Tape, x:T, p:float, cuda:bool=True)->T:
+    "CUDA keeps a byte per number (`native_dropout`), a CPU a number"
     if not p: return x
-    return t.op(lambda: [t.new(x.n, x.size), t.new(x.n, 1)], (x,), each((x,)), keep=(1,))
+    return t.op(lambda: [t.new(x.n, x.size), t.new(x.n, 1 if cuda else x.size)], (x,), each((x,)), keep=(1,))
