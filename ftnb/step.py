@@ -77,19 +77,19 @@ def step_of(
     "The step that `ftnb.train` would run for a recipe on such a device"
     use_bf16 = bf16 and r.bf16 is not False and not r.fp16
     half = 'bfloat16' if use_bf16 else 'float16' if device=='cuda' and r.fp16 is not False else 'float32'
-    dtype = r.dtype if r.dtype!='auto' else 'float32' if r.peft=='full' else half
-    auto = None if device=='cpu' or half=='float32' else half
+    computes = r.dtype if r.dtype!='auto' else half
+    dtype = 'float32' if r.peft=='full' and r.dtype=='auto' else computes
     full = bool(r.label_smoothing_factor)
     n = length or r.max_length
     return Step(config, peft='full' if r.peft=='full' else 'lora', lora_r=r.lora_r, lora_target_modules=tuple(r.lora_target_modules) if isinstance(r.lora_target_modules, list) else r.lora_target_modules,
         lora_dropout=r.lora_dropout, lora_bias=r.lora_bias, modules_to_save=tuple(r.lora_modules_to_save) if r.lora_modules_to_save else None, dtype=dtype,
-        bits=4 if r.load_in_4bit else 8 if r.load_in_8bit else 16, double_quant=r.use_bnb_nested_quant, autocast=auto,
+        bits=4 if r.load_in_4bit else 8 if r.load_in_8bit else 16, double_quant=r.use_bnb_nested_quant, autocast=None if computes=='float32' else computes,
         batch=r.per_device_train_batch_size if not r.packing else 1, length=n if not r.packing else n*r.per_device_train_batch_size, padded=not r.packing and r.per_device_train_batch_size>1, packed=r.packing, accumulates=r.gradient_accumulation_steps>1, trained_share=trained_share,
         attn=r.attn_implementation or 'sdpa', activation_checkpointing=device!='cpu' if r.activation_checkpointing is None else r.activation_checkpointing,
         loss='full' if full else 'fused' if device=='cuda' else 'selected', optim=r.optim, max_grad_norm=r.max_grad_norm, device=device)
 
 # %% ../nbs/15_step.ipynb #41823110
-owners = ('frozen weights', 'trained weights', 'gradients', 'optimizer', 'activations', 'logits', 'workspace')
+owners = ('frozen weights', 'trained weights', 'gradients', 'optimizer', 'activations', 'logits', 'workspace', 'cache') # The cache of keys and values: never in training
 phases = ('forward', 'loss', 'backward', 'end of backward', 'optimizer step')
 
 @dataclass(frozen=True, repr=False)
