@@ -46,7 +46,7 @@ def inference(
     t.at('head')
     if head=='last': out = cast(t, plain(c, cut(t, h, s.batch*arch.hidden_size), p.W['lm_head']), 4)
     elif head=='loss': out = selected(c, h, p.W['lm_head'], s.trained_share)
-    windows = {ph: max(v for (q,_),v in t.peaks.items() if q==ph and v[0]>=0) for ph in ('forward', 'loss')}
+    windows = {ph: max(v for (q,_),v in t.peaks.items() if q==ph and v[0]>=0) for ph in ('forward', 'loss')[:1+(head!='none')]}
     def lies(d): return sum(v*(1+more.get(k, 0)) for k,v in d.items())
     kept = kv_cache(s.config, s.batch, cache, s.dtype).peak if cache else 0
     weights = {'frozen weights': lies(p.frozen), 'trained weights': lies(p.trained)}
