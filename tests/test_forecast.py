@@ -9,7 +9,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch = pytest.importorskip('torch')
 
 from ftnb.arch import Arch
-from ftnb.base import UserError
+from ftnb.base import UserError, shipped
 from ftnb.forecast import forecast
 from ftnb.memory import at_least
 from ftnb.step import Step
@@ -143,6 +143,19 @@ def test_the_engine_adds_gradients_in_place_unless_the_first_is_a_view():
     for loss,n in (('fused', head), ('full', 0)):
         a, b = (forecast(tied.but(loss=loss), inplace=i).by_phase['end of backward'] for i in (True, False))
         assert abs(b-a-n)<.1*head, loss
+
+# ---- published peaks: torch's max_memory_allocated on an A100, foundation-model-stack/fms-acceleration, scripts/benchmarks/refs/a100_80gb.csv and refs/requirements_granite.txt
+
+published = [('mistral-7b-v0.1', 72434837504, dict(peft='full', autocast=None, batch=4)), ('mistral-7b-v0.1', 26704571904, dict(autocast=None, batch=4)), ('mistral-7b-v0.1', 38742912512, dict(autocast=None, batch=8)),
+    ('mistral-7b-v0.1', 20669338112, dict(bits=4, kbit_prep=True, batch=4)), ('mistral-7b-v0.1', 37002646016, dict(bits=4, kbit_prep=True, batch=8)), ('mistral-7b-v0.1', 16373838336, dict(bits=4, batch=4)), ('mistral-7b-v0.1', 28412178944, dict(bits=4, batch=8)),
+    ('powerlm-3b', 35134836736, dict(peft='full', autocast=None, batch=4, era='4.45')), ('powerlm-3b', 47059390976, dict(peft='full', autocast=None, batch=8, era='4.45')), ('powerlm-3b', 20169870848, dict(autocast=None, batch=4, era='4.45')), ('powerlm-3b', 28134687232, dict(bits=4, batch=8, era='4.45'))]
+
+@pytest.mark.parametrize('model, peak, kw', published, ids=lambda v: str(v)[:40])
+def test_published_peaks(model, peak, kw):
+    "A thousandth off, with nothing fitted to them"
+    config = json.loads(shipped('data', 'models', f'{model}.json').read_text())
+    s = Step(config, **{**dict(era='4.48', length=4096, padded=False, attn='flash_attention_2', loss='full', optim='adamw_torch', lora_dropout=.1, lora_target_modules=('q_proj', 'k_proj', 'v_proj', 'o_proj'), adapter_dtype='auto' if kw.get('peft')=='full' else 'float32'), **kw})
+    assert abs(forecast(s).peak/peak-1)<.001
 
 # ---- what is said
 
