@@ -111,7 +111,7 @@ def walk(
     "A step on paper"
     t = Tape(unit if s.device=='cuda' else 1, inplace, s.accumulates)
     p, c = Paper(t, s, arch, deep), run_of(s, arch, t)
-    H, size = arch.hidden_size, p.z['ends']
+    size = p.z['ends']
     t.at('embed')
     held = [t.new(s.tokens, 8) for _ in range(3 if s.padded or s.packed else 2)]
     if s.device=='cuda': held += [t.new(cublas, 1, WORK), t.new(cublas, 1, WORK)]
@@ -158,11 +158,14 @@ def _scratch(s:Step, tensors:list, every:int)->int:
     return clip
 
 def _notes(s:Step, arch:Arch)->tuple:
+    "What is not as one would expect, and what is not counted"
     res = []
     if s.bits<16 and (arch.experts or not quantised(arch)):
         n = sum(m.params for m in arch.modules() if m.kind=='experts') if arch.experts else arch.params
         res.append(f'bitsandbytes shrinks plain linear layers only: {gib(n*itemsize[s.dtype])} of {"fused experts" if arch.experts else arch.model_type} stay in {s.dtype}.')
     if s.length>arch.max_position_embeddings: res.append(f'max_length: {s.length:,} is over the {arch.max_position_embeddings:,} positions of the model.')
+    if arch.model_type=='gemma2' and s.attn=='sdpa' and s.config.get('attn_logit_softcapping', 50.): res.append('transformers does not run gemma2 with sdpa, which has no soft capping; set attn_implementation: eager.')
+    if arch.model_type=='falcon' and s.attn!='sdpa': res.append(f"Falcon's own code for {s.attn} is counted as that of the other models.")
     if s.config.get('alibi'): res.append('Positions by ALiBi are counted as rotary ones.')
     if s.peft=='prefix' and s.activation_checkpointing: res.append('PEFT runs prefix tuning without activation checkpointing only; it is counted so.')
     if s.dtype=='float32' and s.peft!='full' and s.autocast: res.append('The frozen weights are in float32 and cast anew in each product; dtype: bfloat16 halves them.')
@@ -171,8 +174,9 @@ def _notes(s:Step, arch:Arch)->tuple:
     if s.device=='cuda': res.append('Not counted: the CUDA context, and memory inside kernels.')
     return tuple(res)
 
-# %% ../nbs/16b_forecast.ipynb #a70adc31
+# %% ../nbs/16b_forecast.ipynb #5b798201
 def _phase(phase:str, place)->str:
+    "The phase of a step that a place of the walk belongs to"
     if phase=='loss' or place=='head': return 'loss'
     if phase=='backward' and place in ('embed', 'start'): return 'end of backward'
     return 'end of backward' if phase=='end' else phase

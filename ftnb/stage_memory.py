@@ -49,7 +49,7 @@ def shapes_of(s:Step)->int:
 def ram_of(
     s:Step, # A training step on a CPU
     evaluation:tuple=None, # (rows, tokens of a row) of an evaluation's batch; None: there is none
-    lengths:int=1, # How many different lengths batches have
+    lengths:int=1, # How many different lengths batches have (`ftnb.lengths.different`)
     mapped:bool=True, # The weights are read from their file in the type they have there
 )->Resident:
     "Resident memory of the training process on a CPU"

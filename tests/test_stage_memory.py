@@ -157,3 +157,41 @@ def test_mistakes_are_sentences():
     s = Step(llama)
     for f,said in ((lambda: offload(s, 1, 1, 'zero'), "Did you mean 'zero"), (lambda: offload(s, 1, -1), 'ram'), (lambda: offload(s, 1, 1, 'zero2', dict(ram=0, disk=1)), 'ram: 0'), (lambda: kv_cache(llama, 0), 'batch: 0'), (lambda: kv_cache(llama, 1, 1, 'int3'), 'dtype'), (lambda: histogram([]), 'no row')):
         with pytest.raises(UserError, match=said): f()
+
+# ---- resident memory of a real process
+
+TRAIN = '''
+import json, resource, sys
+from ftnb.heap import give_back
+give_back()
+from ftnb.prepare import prepare
+from ftnb.recipe import make_recipe
+from ftnb.runs import Run
+from ftnb.train import train
+evaluation = sys.argv[2]=='with'
+run = Run(sys.argv[1], make_recipe(dict(dataset='demo', use_cpu=True, lora_r=16, per_device_train_batch_size=4, per_device_eval_batch_size=96, max_length=512, max_steps=3, save_strategy='no',
+    eval_strategy='steps' if evaluation else 'no', eval_steps=3))).save()
+lens = prepare(run).report['lengths']
+share = run.report('prepare')
+rep = train(run)
+print('RESULT', json.dumps(dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, longest=rep['memory']['row']['seq_len'], valid=lens['valid'], share=share['trained_tokens']/share['train_tokens'])))
+'''
+
+@pytest.mark.soak
+@pytest.mark.parametrize('evaluation', ['without', 'with'])
+def test_the_forecast_of_resident_memory_is_within_15_percent_of_a_real_training(tmp_path, evaluation):
+    import json, subprocess, sys
+    from ftnb.models import read_config
+    p = subprocess.run([sys.executable, '-c', TRAIN, str(tmp_path/'run'), evaluation], capture_output=True, text=True, timeout=1200, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    assert p.returncode==0, p.stderr[-2000:]
+    got = json.loads(p.stdout.rpartition('RESULT ')[2])
+    s = Step(read_config('smollm2-135m'), device='cpu', loss='selected', activation_checkpointing=False, batch=4, length=got['longest'], trained_share=got['share'])
+    ram = ram_of(s, (got['valid']['n'], got['valid']['max']) if evaluation=='with' else None, 3)
+    assert abs(ram.likely/got['peak']-1)<.15, (ram, got)
+
+def test_resident_memory_has_parts_that_sum():
+    s = Step(dict(wide, model_type='llama', hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536), device='cpu', loss='selected', activation_checkpointing=False, batch=4, length=225, trained_share=.2)
+    a, b = ram_of(s), ram_of(s, (44, 232), 10)
+    assert a.least<a.likely<a.most and b.likely>a.likely and b.parts['compiled kernels'][1]==10*a.parts['compiled kernels'][1]
+    assert a.least>libraries+forecast(s).peak
+    assert 'compiled kernels' not in ram_of(s.but(dtype='float32', autocast=None)).parts
