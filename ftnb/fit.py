@@ -45,7 +45,7 @@ class Fit:
     device:Device
     memory:int # Bytes the device has
     allocated:tuple # Bytes of tensors: least, likely, most
-    reserved:tuple # Bytes the allocator holds
+    reserved:tuple # Bytes the allocator holds; of a CPU: the process
     need:tuple # Bytes of the device
     forecast:Forecast
 
@@ -73,6 +73,7 @@ def fits(
     allocated = a*(1-exact), a, a*(1+exact)
     reserved = (allocated[0], f.reserved, max(f.reserved, allocated[2])) if f.reserved else tuple(a*k for k in kept)
     need = allocated[0]+context[0], reserved[1]+context[1], reserved[2]*(fragments if f.reserved else 1)+context[2]
+    if d.kind=='cpu' and f.ram: reserved = need = f.ram
     verdict = 'does not fit' if need[0]>has or f.fits is False else 'may fit' if f.source=='lower bound' else 'fits' if need[2]<=has else 'tight'
     return Fit(verdict, d, has, allocated, reserved, need, f)
 

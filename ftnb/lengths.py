@@ -8,7 +8,7 @@ __all__ = ['histogram', 'batch_lengths', 'mean', 'packed_rows', 'Batches', 'batc
 # %% ../nbs/16c_lengths.ipynb #e4200418
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lgamma, exp
 from .base import Table, UserError
 from .fields import Recipe
@@ -94,6 +94,7 @@ class Batches:
     train_rows:int # Rows, or sequences after packing, of an epoch
     tokens:int # Tokens of an epoch without padding
     packed:bool=False
+    dist:dict=field(default_factory=dict, compare=False) # {tokens of a row: share of the batches}
 
     @property
     def table(self)->Table:
@@ -112,10 +113,11 @@ def batches(
     n, tokens, b = sum(hist.values()), sum(l*k for l,k in hist.items()), r.per_device_train_batch_size
     if r.packing:
         seqs = packed_rows(hist, r.max_length, r.packing_strategy)
-        return Batches(b, r.max_length, tokens/seqs, 0., seqs, tokens, True)
+        return Batches(b, r.max_length, tokens/seqs, 0., seqs, tokens, True, {r.max_length: 1.})
     share = lambda how: 1-tokens/n/mean(batch_lengths(hist, b, how))
     if by_length is None: by_length = r.train_sampling_strategy=='group_by_length' or r.train_sampling_strategy=='auto' and share(False)>.1 and share(True)<share(False)/2
-    return Batches(min(b, n), max(hist), mean(batch_lengths(hist, b, by_length)), max(0., share(by_length)), n, tokens)
+    dist = batch_lengths(hist, b, by_length)
+    return Batches(min(b, n), max(hist), mean(dist), max(0., share(by_length)), n, tokens, dist=dist)
 
 def with_lengths(
     s:Step, # Of the recipe

@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from .base import UserError
 from .fields import Recipe
+from .heap import give_back
 from .models import hub_error, model_path
 
 # %% ../nbs/30_load.ipynb #27a08de3
@@ -103,6 +104,7 @@ def load_model(
     "The causal language model of a recipe, on its device; a `UserError` if it can't be had"
     quiet()
     d = device or find_device(r.use_cpu)
+    if d.kind=='cpu': give_back()
     name = str(path or model_path(r.model_name_or_path))
     q = quantisation(r, d) if quantised is not False else None
     if r.attn_implementation.startswith('flash_attention') and d.kind!='cuda': raise UserError(f'attn_implementation: {r.attn_implementation} needs an NVIDIA GPU and this is {d.name} ({d.kind}); set sdpa.')

@@ -109,8 +109,8 @@ def memory_report(
 )->dict: # measured by phase, forecast, their ratio, and a row to contribute
     "Measured peaks beside the plan's forecast"
     plan = (run.report('plan') or {}).get('memory') or {}
-    fore = plan.get('peak')
-    return dict(measured=meter.peaks, peak=meter.peak, reserved=meter.reserved, metric='allocated' if meter.cuda else 'resident', forecast=fore, forecast_by_phase=plan.get('by_phase'),
+    fore = plan.get('peak') if meter.cuda or not plan.get('resident') else plan['resident'][1]
+    return dict(measured=meter.peaks, peak=meter.peak, reserved=meter.reserved, metric='allocated' if meter.cuda else 'resident', forecast=fore, forecast_by_phase=plan.get('by_phase') if meter.cuda else None,
         ratio=round(meter.peak/fore, 4) if fore else None, row=contribution(run, meter, name, fore))
 
 def contribution(run:Run, meter:Meter, name:str, forecast:int=None)->dict:

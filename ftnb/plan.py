@@ -14,13 +14,16 @@ from .base import Table, UserError, gib, new_figure, size
 from .cost import training_cost
 from .devices import Device, device
 from .fields import Recipe
-from .fit import changes, fits, largest, memory_of
+from .fit import changes, context, fits, kept, largest, memory_of
 from .flops import eval_steps, run_time
 from .forecast import forecast
+from .lengths import Batches, batches, different, with_lengths
 from .machine import cpu_bf16, this_machine
+from .offload import offload, offload_table, ways as offloads
 from .profiles import config_of
 from .runs import Run
 from .schedule import Schedule
+from .stage_memory import Resident, ram_of, stage_memory, stages_table, with_ram
 from .step import Step, owners, step_of
 
 # %% ../nbs/19c_plan.ipynb #f1311d86
@@ -32,7 +35,10 @@ class Data:
     mean:float # Tokens of a row
     trained_share:float=1. # Share of the tokens that carry a label
     eval_rows:int=0 # In one evaluation
-    known:bool=True # Stage 1 has counted; else `max_length` stands in
+    eval_longest:int=0 # Tokens of the longest of them
+    batches:Batches=None # As the lengths make them; None: stage 1 has not counted, and `max_length` stands in
+    @property
+    def known(self)->bool: return self.batches is not None
 
 def data_of(
     r:Recipe,
@@ -41,8 +47,9 @@ def data_of(
 )->Data:
     "What stage 1 has counted, or what has to be assumed without it"
     train, valid = ((prep or {}).get('lengths', {}).get(k) or {} for k in ('train', 'valid'))
-    if not train.get('n'): return Data(rows or 0, r.max_length, r.max_length, known=False)
-    return Data(train['n'], min(train['max'], r.max_length), train['mean'], prep['trained_tokens']/max(1, prep['train_tokens']), valid.get('n', 0))
+    if not train.get('n'): return Data(rows or 0, r.max_length, r.max_length)
+    b = batches(r, prep['lens'])
+    return Data(b.train_rows, b.longest, b.tokens/b.train_rows, prep['trained_tokens']/max(1, prep['train_tokens']), valid.get('n', 0), min(valid.get('max', 0), r.max_length), b)
 
 # %% ../nbs/19c_plan.ipynb #62fa922e
 def _band(v): return f'{gib(v[1])} ({gib(v[0]).split()[0]} to {gib(v[2]).split()[0]})'
@@ -53,6 +60,7 @@ class Plan:
     report:dict=field(default_factory=dict) # As saved in `reports/plan.json`
     step:Step=None # What is forecast; None for an architecture that is not known
     device:Device=None # Where
+    closed:object=forecast # From a `Step` to a `Forecast`, fast
 
     @property
     def line(self)->str: return self.report['line']
@@ -63,26 +71,30 @@ class Plan:
         n, m = (lambda x: f'{x:,}'), r.get('memory') or {}
         rows = [('model', r['model']), ('parameters', n(r['params_total']) if r['params_total'] else None),
             ('trained', f'{n(r["params_trained"])} ({100*r["params_trained"]/r["params_total"]:.2f} %)' if r['params_total'] else None),
-            ('one forward pass', f'{r["batch"]} rows of up to {r["longest"]:,} tokens'),
-            ('peak in', m.get('phase')), ('allocated', m and _band(m['allocated'])), ('reserved', m.get('reserved') and _band(m['reserved'])), (f'needed of {r["device"]}', m and f'{_band(m["need"])} of {gib(r["device_bytes"])}'),
+            ('one forward pass', f'{r["batch"]} row{"s"*(r["batch"]>1)} of up to {r["longest"]:,} tokens'),
+            ('peak in', m.get('phase')), ('allocated', m and _band(m['allocated'])), ('reserved', not m.get('resident') and m.get('reserved') and _band(m['reserved'])), ('resident (RAM)' if m.get('resident') else f'needed of {r["device"]}', m and f'{_band(m["need"])} of {gib(r["device_bytes"])}'),
             ('verdict', r['verdict']), ('largest max_length that fits', r.get('largest_length') and n(r['largest_length'])), ('largest batch that fits', r.get('largest_batch')),
-            ('steps', r['steps'] and n(r['steps'])), ('tokens', r['tokens'] and n(r['tokens'])), ('time', r.get('time')), ('price', r.get('price')), ('disk', size(r['disk'])), *[('note', x) for x in r['notes']]]
+            ('steps', r['steps'] and n(r['steps'])), ('tokens', r['tokens'] and n(r['tokens'])), ('time', r.get('time')), ('price', r.get('price')), ('disk', r['disk'] and size(r['disk'])), *[('note', x) for x in r['notes']]]
         return Table([dict(what=k, value=v) for k,v in rows if v], cols=['what', 'value'])
     @property
     def owners(self)->Table:
         "Who holds the memory at the peak"
         m = self.report.get('memory')
         if not m: return Table([])
-        return Table([dict(owner=o, memory=gib(b), share=f'{100*b/m["peak"]:.0f} %', bar='█'*round(24*b/m['peak'])) for o in owners if (b := m['by_owner'].get(o))], title=f'Memory at the peak: {gib(m["peak"])}, in the {m["phase"]}')
+        return Table([dict(owner=o, memory=gib(b), share=f'{100*b/m["peak"]:.0f} %', bar='█'*round(24*b/m['peak'])) for o in owners if (b := m['by_owner'].get(o))], title=f'Memory at the peak: {gib(m["peak"])} ({m["phase"]})')
     @property
-    def stages(self)->Table: return Table(self.report.get('stages') or [], title='Every stage: GPU memory, RAM and disk')
+    def ram(self)->Table: return Resident(self.report['resident']).table if self.report.get('resident') else Table([])
+    @property
+    def stages(self)->Table: return stages_table(self.report.get('stages') or [])
+    @property
+    def offload(self)->Table: return Table(self.report.get('offload') or [], title='What offloading would move in a step')
     @property
     def ways(self)->Table: return Table([dict(change=', '.join(f'{k}: {str(v).lower() if isinstance(v, bool) else v}' for k,v in c['settings'].items()), slower=f'{c["slower"]:.2f} times as long', needs=gib(c['need']), note=c['note']) for c in self.report.get('changes') or []], title='What would fit, the fastest first')
     @property
-    def tables(self)->list: return [t for t in (self.table, self.owners, self.stages, self.ways) if len(t)]
+    def tables(self)->list: return [t for t in (self.table, self.owners, self.ram, self.stages, self.ways, self.offload) if len(t)]
     def fit(self, n:int=8)->list:
         "The changes with which the run fits, the fastest first"
-        return changes(self.step, self.device, forecast)[:n] if self.step else []
+        return changes(self.step, self.device, self.closed)[:n] if self.step else []
     def __repr__(self): return '\n\n'.join(map(repr, self.tables))
     def _repr_html_(self): return ''.join(t._repr_html_() for t in self.tables)
 
@@ -91,7 +103,7 @@ def _memory(s:Step, d:Device, how)->dict:
     "The part of the report about memory: peak by owner and phase, and the three numbers with their bands"
     f = how(s)
     fit = fits(f, d)
-    return dict(peak=f.peak, phase=f.phase, by_owner=f.by_owner, by_phase=f.by_phase, source=f.source, allocated=fit.allocated, reserved=fit.reserved, need=fit.need, verdict=fit.verdict), f
+    return dict(peak=f.peak, phase=f.phase, by_owner=f.by_owner, by_phase=f.by_phase, source=f.source, allocated=fit.allocated, reserved=fit.reserved, need=fit.need, resident=f.ram, verdict=fit.verdict), f
 
 def _schedule(r:Recipe, rows:int)->Schedule:
     "Steps, warm-up and learning rate of a recipe over so many rows"
@@ -99,15 +111,32 @@ def _schedule(r:Recipe, rows:int)->Schedule:
         gradient_accumulation_steps=r.gradient_accumulation_steps, num_train_epochs=r.num_train_epochs, max_steps=r.max_steps, lr_scheduler_type=r.lr_scheduler_type,
         warmup_steps=r.warmup_steps, **(dict(lr_scheduler_kwargs=r.lr_scheduler_kwargs) if r.lr_scheduler_kwargs else {}))
 
-def _disk(r:Recipe, trained:int, total:int, steps:int)->int:
-    "Bytes that checkpoints, adapter and merged weights take"
-    keep = 0 if r.save_strategy=='no' else (r.save_total_limit or max(1, int(steps/max(1, r.save_steps if r.save_steps>=1 else 1))))+1
-    return keep*trained*(4 if r.save_only_model else 12)+trained*4+(total*2 if 'merged' in r.export_formats else 0)+(total*4 if r.peft=='full' else 0)
+def _evaluation(r:Recipe, s:Step, data:Data)->tuple:
+    "(rows, tokens of the longest) of an evaluation's batch; None: there is none"
+    if not data.known: return r.per_device_eval_batch_size, min(s.length, r.max_length)
+    return (min(r.per_device_eval_batch_size, data.eval_rows), data.eval_longest) if data.eval_rows else None
+
+def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int):
+    "Memory of every stage; an answer is let grow to twice the longest reference, as in evaluation"
+    e = _evaluation(r, s, data) or (r.per_device_eval_batch_size, data.longest)
+    answer = max(1, round(e[1]*data.trained_share)) if data.known else e[1]//2
+    return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room)
+
+def _room(m, d, here)->list:
+    "Sentences about stages that the machine has not the room for"
+    has = memory_of(d)
+    out = [f'{x["stage"]}: {gib(x["gpu"])} at a time, more than {d.name} has; a smaller per_device_eval_batch_size takes less' for x in m.rows if x['stage']=='evaluate' and x['gpu']>has]
+    return out+[f'{x["stage"]}: {gib(x["ram"])} of RAM, and this machine has {gib(here)}' for x in m.rows if here and x['stage']!='train' and x['ram']>here]
+
+def _offload(s:Step, d:Device)->list:
+    "What each way to offload moves, where a step does not fit"
+    room = max(1, int((memory_of(d)-context[1])/kept[1]))
+    return [o for o in (offload(s, room, 2**60, w) for w in offloads) if o.ram]
 
 def _time(r:Recipe, s:Step, d:Device, data:Data, sched:Schedule):
     "(time of the training, price of it, notes); None where the device has no rates or no price"
     evals = len(eval_steps(sched.total, r.eval_strategy, r.eval_steps, sched.steps_per_epoch)) if data.eval_rows else 0
-    mean = s.but(length=max(1, round(min(data.mean, s.length)))) if not r.packing else s
+    mean = with_lengths(s, data.batches, average=True) if data.known else s
     try: t = run_time(mean, d, sched.total, r.gradient_accumulation_steps, data.eval_rows, evals)
     except UserError as e: return None, None, [str(e)]
     try: return t, training_cost(d, t), list(t.notes)
@@ -124,14 +153,19 @@ def plan(
     run, r = (r, r.recipe) if isinstance(r, Run) else (None, r)
     d = device(gpu) if gpu is not None else this_machine(r.use_cpu)
     data = data_of(r, run and run.report('prepare'), rows)
-    sched, notes, s, mem, f = _schedule(r, data.rows), [], None, None, None
+    sched, notes, s, mem, f, every, closed = _schedule(r, data.rows), [], None, None, None, None, forecast
     if not data.known: notes.append(f'every row is taken to have {r.max_length:,} tokens; stage 1 counts them: ftnb run --to prepare')
     try:
         config = config_of(r.model_name_or_path, r.model_revision)
         arch = Arch.read(config)
         s = step_of(r, config, d.kind, cpu_bf16() if d.kind=='cpu' else d.half=='bfloat16', data.longest, data.trained_share)
-        mem, f = _memory(s, d, how)
-        notes += f.notes
+        if data.known: s = with_lengths(s, data.batches)
+        lengths = round(different(data.batches.dist, sched.total*r.gradient_accumulation_steps)) if data.known else 1
+        ram = dict(evaluation=_evaluation(r, s, data) if r.eval_strategy!='no' else None, lengths=lengths)
+        closed = with_ram(forecast, **ram)
+        mem, f = _memory(s, d, with_ram(how, **ram))
+        every = _stages(r, s, data, sched.total, f, lengths, memory_of(d))
+        notes += [*f.notes, *_room(every, d, memory_of(this_machine(True)) if gpu is None else None)]
         if r.max_length>(arch.max_position_embeddings or r.max_length): notes.append(f'max_length: {r.max_length:,} is over the {arch.max_position_embeddings:,} positions of the model')
     except UserError as e: notes.append(f'no forecast of memory: {e}')
     counted = data.rows or r.max_steps>0
@@ -139,20 +173,22 @@ def plan(
     t, cost, more = _time(r, s, d, data, sched) if s and counted else (None, None, [])
     per, n, nt = r.per_device_train_batch_size*r.gradient_accumulation_steps, f.params_total if f else 0, f.params_trained if f else 0
     tokens = round(data.mean*(sched.total*per if r.max_steps>0 else data.rows*r.num_train_epochs)) if counted else 0
-    disk, verdict = _disk(r, nt, n, sched.total), mem['verdict'] if mem else 'unknown'
+    disk, verdict = every.disk if every else 0, mem['verdict'] if mem else 'unknown'
     rep = dict(model=r.model_name_or_path, params_total=n, params_trained=nt, device=d.name, device_kind=d.kind, device_bytes=memory_of(d), dtype=s and s.dtype, batch=s.batch if s else r.per_device_train_batch_size, longest=s.length if s else data.longest,
-        memory=mem, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
+        memory=mem, stages=every.rows if every else [], resident=f and f.ram and ram_of(s, f=f, **ram).parts, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
         seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve()][::max(1, sched.total//200)])
-    p = Plan(rep, s, d)
-    if verdict=='fits': rep.update(largest_length=largest(s, d, 'length', forecast), largest_batch=largest(s, d, 'batch', forecast))
-    elif mem: rep['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in p.fit()]
+    p = Plan(rep, s, d, closed)
+    if verdict=='fits': rep.update(largest_length=largest(s, d, 'length', closed), largest_batch=largest(s, d, 'batch', closed))
+    elif mem:
+        rep['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in p.fit()]
+        if d.kind=='cuda': rep['offload'] = offload_table(_offload(s, d)).rows
     rep['line'] = _line(rep)
     return p
 
 def _line(r)->str:
     "One line: memory against the device, verdict, time, price"
     m = r['memory']
-    return ' · '.join(filter(None, [m and f'{gib(m["need"][1])} of {gib(r["device_bytes"])} on {r["device"]}', r['steps'] and f'{r["steps"]:,} steps', r['tokens'] and f'{r["tokens"]:,} tokens', r['time'] and f'about {r["time"]}', r['price'], f'{size(r["disk"])} of disk', r['verdict']]))
+    return ' · '.join(filter(None, [m and f'{gib(m["need"][1])} of {gib(r["device_bytes"])} on {r["device"]}', r['steps'] and f'{r["steps"]:,} steps', r['tokens'] and f'{r["tokens"]:,} tokens', r['time'] and f'about {r["time"]}', r['price'], r['disk'] and f'{size(r["disk"])} of disk', r['verdict']]))
 
 # %% ../nbs/19c_plan.ipynb #87b01df4
 def plan_run(

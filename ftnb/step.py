@@ -105,6 +105,7 @@ class Forecast:
     reserved:Optional[int]=None # Most that the allocator holds of the device; None: not simulated
     fits:Optional[bool]=None # Whether that goes with the limit that was given; None: no limit, or not simulated
     notes:tuple=() # What is not as one would expect, and what is not counted
+    ram:Optional[tuple]=None # Resident bytes of a process on a CPU: least, likely, most; None: not a CPU's
 
     @property
     def table(self)->Table:

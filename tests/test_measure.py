@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from ftnb.base import UserError
-from ftnb.measure import Meter, OutOfMemory, append_row, columns, is_oom, oom_sentence, smaller_batch
+from ftnb.measure import Meter, OutOfMemory, append_row, columns, is_oom, memory_report, oom_sentence, smaller_batch
 from ftnb.recipe import make_recipe
 from ftnb.train import Trainer, make_trainer, train
 from test_training import STEADY, weights
@@ -51,6 +51,14 @@ def test_a_single_row_that_does_not_fit_stops(made, monkeypatch):
     run = made(**STEADY, per_device_train_batch_size=2, max_steps=6, on_oom='retry')
     run_out(monkeypatch, above=0)
     with pytest.raises(OutOfMemory, match='batch 1 of up to'): train(run)
+
+def test_on_a_cpu_resident_memory_is_held_against_resident_memory(made):
+    meter = Meter(cuda=False)
+    meter.enter('forward')
+    run = made(**STEADY)
+    run.save_report('plan', dict(memory=dict(peak=2**30, by_phase={}, resident=[2**31, 3*2**30, 2**32])))
+    m = memory_report(run, meter, 'CPU')
+    assert m['metric']=='resident' and m['forecast']==3*2**30 and m['forecast_by_phase'] is None and m['row']['forecast_gb']==3
 
 def test_the_report_holds_forecast_and_fact(made, tmp_path):
     run = made(**STEADY, per_device_train_batch_size=2, max_steps=2)

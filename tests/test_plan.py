@@ -47,7 +47,7 @@ def test_a_run_is_planned_with_the_lengths_of_its_rows(tiny, tmp_path):
     run = Run(tmp_path/'run', make_recipe(dict(dataset=data, model_name_or_path=tiny, use_cpu=True, max_length=500)))
     prep = prepare(run.save()).report
     r = plan_run(run).report
-    assert r['longest']==prep['lengths']['train']['max']<100 and r['rows']==prep['lengths']['train']['n'] and r['tokens']==round(prep['lengths']['train']['mean']*r['rows']*3)
+    assert r['longest']==prep['lengths']['train']['max']<100 and r['rows']==prep['lengths']['train']['n'] and r['tokens']==3*prep['lengths']['train']['sum']
     assert run.report('plan')['memory']['peak']==r['memory']['peak'] and r['seconds'][0]<r['seconds'][1]<r['seconds'][2]
 
 def test_stage_2_stops_what_does_not_fit_and_names_a_way(tiny, tmp_path):
@@ -72,6 +72,31 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(['plan', 'my.yaml', '--gpu', 'T44'])==2
     assert "Did you mean 'T4'?" in capsys.readouterr().err
     assert not (tmp_path/'runs').exists()
+
+def test_every_stage_is_in_the_plan_and_the_disk_is_their_sum():
+    r = plan(recipe(peft='qlora'), 'T4', rows=100).report
+    at = {x['stage']: x for x in r['stages']}
+    assert list(at)==['load', 'train', 'evaluate', 'merge', 'convert'] and at['train']['gpu']==r['memory']['peak'] and r['disk']==at['train']['disk']+at['merge']['disk']
+    assert at['merge']['gpu']==0 and at['merge']['ram']>2**34 # 8B in float32 is no load for a T4
+    big = plan(recipe(peft='full', per_device_eval_batch_size=64), 'RTX 4090', rows=100)
+    assert any(n.startswith('evaluate: ') and 'per_device_eval_batch_size' in n for n in big.report['notes'])
+    assert {o['way'] for o in big.report['offload']}=={'paged', 'zero2', 'zero3', 'device_map'} and 'What offloading would move' in repr(big)
+
+def test_on_a_cpu_what_must_fit_is_resident_memory():
+    r = plan(make_recipe(dict(use_cpu=True, max_length=512, per_device_train_batch_size=4)), rows=400)
+    m, has = r.report['memory'], r.report['device_bytes']
+    assert m['need']==m['resident'] and m['resident'][0]>m['peak'] and sum(v[1] for v in r.report['resident'].values())==pytest.approx(m['resident'][1], abs=9)
+    more = plan(make_recipe(dict(use_cpu=True, max_length=8192, per_device_train_batch_size=64)), rows=400).report
+    assert more['memory']['need'][0]>has and more['verdict']=='does not fit' and more['changes']
+
+def test_packed_rows_are_counted_as_sequences(tiny, tmp_path):
+    data = write_rows(tmp_path/'a.jsonl', short_rows(60))
+    run = Run(tmp_path/'run', make_recipe(dict(dataset=data, model_name_or_path=tiny, use_cpu=True, max_length=500, packing=True, per_device_train_batch_size=1)))
+    prep = prepare(run.save()).report
+    p = plan(run)
+    seqs = p.report['rows']
+    assert prep['train_tokens']/500<=seqs<prep['lengths']['train']['n']/2 and p.report['steps']==3*seqs and p.step.packed and p.step.length==500
+    assert p.report['tokens']==pytest.approx(3*prep['train_tokens'], rel=.001)
 
 def test_planning_loads_no_torch(tmp_path):
     code = "import sys\nfrom ftnb.plan import plan\nfrom ftnb.recipe import make_recipe\nprint(plan(make_recipe(dict(model_name_or_path='llama-3.1-8b')), 'T4', rows=9))\nassert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'}&set(sys.modules)"

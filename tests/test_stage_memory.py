@@ -122,13 +122,24 @@ def test_every_stage_has_its_memory():
     assert m['train']['gpu']==forecast(Step(llama, bits=4)).peak and m['load']['disk']==2*a.params
     own, states = m.forecast.by_owner['trained weights'], m.forecast.by_owner['optimizer']
     assert m['train']['disk']==3*(own+states)+own # two checkpoints are kept, and the oldest goes when the next is there
-    assert m['merge']['gpu']>4*a.params and all(r['ram']>=libraries for r in m.rows)
+    assert m['merge']['gpu']==4*a.params and m['merge']['ram']>libraries and all(r['ram']>=libraries for r in m.rows)
     full = stage_memory(Recipe(peft='full'), Step(llama, peft='full', autocast=None))
     assert full['evaluate']['gpu']>2*2*a.params and 'two models' in full['evaluate']['what']
     cpu = stage_memory(Recipe(), Step(llama, device='cpu', loss='selected', batch=2, length=256))
     assert not any(r['gpu'] for r in cpu.rows) and cpu['train']['ram']==cpu.resident.likely
     for text in (repr(m), m._repr_html_()):
         for word in ('load', 'convert', 'RAM'): assert word in text
+
+def test_a_merge_without_room_on_the_gpu_is_in_ram():
+    a, s = Arch.read(llama), Step(llama, bits=4)
+    m = stage_memory(Recipe(peft='qlora', load_in_4bit=True), s, room=24*2**30)['merge']
+    assert m['gpu']==0 and m['ram']>4*a.params and 'GPU has not the room' in m['what']
+
+def test_pages_of_their_own_begin_where_the_heap_lets_them():
+    from ftnb.heap import large
+    from ftnb.stage_memory import apart, holes
+    s = Step(llama, device='cpu', loss='selected', batch=1, length=64)
+    assert apart==large and holes(s)[1]==1.5 and holes(s.but(length=4096))[1]<1.05
 
 def test_offload_moves_what_the_arithmetic_says():
     s = Step(llama, peft='full', autocast=None, optim='paged_adamw_32bit', batch=1, length=2048, padded=False)

@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+from ftnb.base import gib
+
 root = Path(__file__).parent.parent
 def load(n):
     p = root/'bench/results'/f'{n}.json'
@@ -15,6 +17,10 @@ def main():
     if r := load('speed'): out.append(f'## Training speed\n\n`{r["command"]}`. Trained tokens per second inside `train()` from step 3 on, against plain `SFTTrainer` with its defaults on the same labels, adapter, batch and rows: **{r["ratio"]} times** '
         f'(runs: {", ".join(map(str, r["ratios"]))}); held-out loss after the same tokens {r["loss_ratio"]} times.')
     if r := load('overhead'): out.append(f'## Pipeline overhead\n\n`{r["command"]}`. `ftnb run` (five notebooks, each in its own kernel, with gates, plan, verification of the export and records) against one plain TRL script doing the same work: **{r["ratio"]} times** the time.')
+    if r := load('planner'):
+        f, t = r['paper'], sorted(r['trace_seconds'])
+        out.append(f'## The planner\n\n`{r["command"]}`. The instant path over {f["calls"]} different steps in fresh processes: median {f["median_ms"]:.1f} ms, 90 % under {f["p90_ms"]:.1f} ms, longest {f["most_ms"]:.1f} ms, without torch. The trace of Llama 3.1 8B in a process that has traced before: {t[len(t)//2]:.1f} s. Resident memory of the demo on a CPU, stage by stage, each in a process of its own:\n\n'
+            + table([dict(stage=o['stage'], forecast=gib(o['forecast']), measured=gib(o['measured']), error=f'{100*(o["forecast"]/o["measured"]-1):+.0f} %') for o in (r.get('run') or {}).get('stages', [])], ['stage', 'forecast', 'measured', 'error']))
     if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove; peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row. What grows is the index of near duplicates: about 1 KB a row.\n\n'
         + table([dict(rows=f'{o["rows"]:,}', **{'rows/s': o['rows_per_second'], 'peak MB': f'{o["peak_mb"]:,}', 'file MB': o['file_mb']}, **{k: f'{100*v:.0f} %' for k,v in o['share'].items()}) for o in r['runs']], ['rows', 'rows/s', 'peak MB', 'file MB', *r['runs'][0]['share']]))
     if r := load('near'):
