@@ -7,14 +7,14 @@ __all__ = ['Data', 'data_of', 'Plan', 'plan', 'plan_run', 'plot_schedule']
 
 # %% ../nbs/19c_plan.ipynb #2dbbee47
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .arch import Arch
 from .base import Table, UserError, gib, new_figure, size
 from .cost import training_cost
 from .devices import Device, device
 from .fields import Recipe
-from .fit import changes, context, fits, kept, largest, memory_of
+from .fit import Change, changes, context, fits, kept, largest, memory_of
 from .flops import eval_steps, run_time
 from .forecast import forecast
 from .lengths import Batches, batches, different, with_lengths
@@ -61,6 +61,7 @@ class Plan:
     step:Step=None # What is forecast; None for an architecture that is not known
     device:Device=None # Where
     closed:object=forecast # From a `Step` to a `Forecast`, fast
+    recipe:Recipe=None # What is planned
 
     @property
     def line(self)->str: return self.report['line']
@@ -94,7 +95,15 @@ class Plan:
     def tables(self)->list: return [t for t in (self.table, self.owners, self.ram, self.stages, self.ways, self.offload) if len(t)]
     def fit(self, n:int=8)->list:
         "The changes with which the run fits, the fastest first"
-        return changes(self.step, self.device, self.closed)[:n] if self.step else []
+        return [t for c in changes(self.step, self.device, self.closed) if (t := _as_recipe(c, self))][:n] if self.step else []
+    def search(self)->'Plan':
+        "Add what takes dozens of forecasts: the largest length and batch where the run fits, changes and offload where it does not"
+        r, s, d, how = self.report, self.step, self.device, self.closed
+        if r['verdict']=='fits': r.update(zip(('largest_length', 'largest_batch'), _largest(s, d, how, self.recipe)))
+        elif r['memory']:
+            r['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in self.fit()]
+            if d.kind=='cuda': r['offload'] = offload_table(_offload(s, d)).rows
+        return self
     def __repr__(self): return '\n\n'.join(map(repr, self.tables))
     def _repr_html_(self): return ''.join(t._repr_html_() for t in self.tables)
 
@@ -133,6 +142,24 @@ def _offload(s:Step, d:Device)->list:
     room = max(1, int((memory_of(d)-context[1])/kept[1]))
     return [o for o in (offload(s, room, 2**60, w) for w in offloads) if o.ram]
 
+def _as_recipe(c:Change, p:Plan):
+    "A change as the recipe has it: packed rows are sequences, and passes that accumulate keep their gradients; None if it does not fit so"
+    r, s, new, n = p.recipe, p.step, dict(c.settings), c.settings.get('per_device_train_batch_size')
+    if r.packing and 'max_length' in new:
+        n = min(r.per_device_train_batch_size, new['max_length']//r.max_length)
+        if n: del new['max_length']
+    if n is None: return c
+    whole = r.per_device_train_batch_size if r.packing else s.batch
+    for b in (b for b in range(max(1, n), 0, -1) if not whole%b):
+        t = c.step.but(accumulates=s.accumulates or b<whole, **(dict(length=b*new.get('max_length', r.max_length)) if r.packing else dict(batch=b)))
+        if (fit := fits(t, p.device, p.closed)): return replace(c, settings={**new, 'per_device_train_batch_size': b}, step=t, fit=fit, accumulate=whole//b, note=c.note if 'max_length' in new else c.note.removesuffix('longer rows are cut').rstrip('; '))
+
+def _largest(s:Step, d:Device, how, r:Recipe)->tuple:
+    "(length, batch) that fit; packed rows are one long one"
+    if not s.packed: return largest(s, d, 'length', how), largest(s, d, 'batch', how)
+    b, n = r.per_device_train_batch_size, r.max_length
+    return largest(s, d, 'length', how, most=b*max(n, Arch.read(s.config).max_position_embeddings))//b, largest(s, d, 'length', how, most=1024*n)//n
+
 def _time(r:Recipe, s:Step, d:Device, data:Data, sched:Schedule):
     "(time of the training, price of it, notes); None where the device has no rates or no price"
     evals = len(eval_steps(sched.total, r.eval_strategy, r.eval_steps, sched.steps_per_epoch)) if data.eval_rows else 0
@@ -148,6 +175,9 @@ def plan(
     gpu=None, # Name of a GPU, its size such as 24GB, or a `Device`; None: this machine
     rows:int=None, # Training rows, where stage 1 has not counted
     how=forecast, # From a `Step` to a `Forecast`; `ftnb.trace.trace` is the exact way
+    search:bool=True, # Also what takes dozens of forecasts; `Plan.search` does it later
+    find=config_of, # From a name and a revision to the model's config.json
+    here:bool=None, # The device is in this machine, so that its RAM counts; None: if no GPU is named
 )->Plan:
     "Memory, fit, time, price, steps, tokens and disk of a run; no weights, no GPU and no torch needed. A `UserError` for an unknown GPU, with the nearest name"
     run, r = (r, r.recipe) if isinstance(r, Run) else (None, r)
@@ -156,7 +186,7 @@ def plan(
     sched, notes, s, mem, f, every, closed = _schedule(r, data.rows), [], None, None, None, None, forecast
     if not data.known: notes.append(f'every row is taken to have {r.max_length:,} tokens; stage 1 counts them: ftnb run --to prepare')
     try:
-        config = config_of(r.model_name_or_path, r.model_revision)
+        config = find(r.model_name_or_path, r.model_revision)
         arch = Arch.read(config)
         s = step_of(r, config, d.kind, cpu_bf16() if d.kind=='cpu' else d.half=='bfloat16', data.longest, data.trained_share)
         if data.known: s = with_lengths(s, data.batches)
@@ -165,7 +195,7 @@ def plan(
         closed = with_ram(forecast, **ram)
         mem, f = _memory(s, d, with_ram(how, **ram))
         every = _stages(r, s, data, sched.total, f, lengths, memory_of(d))
-        notes += [*f.notes, *_room(every, d, memory_of(this_machine(True)) if gpu is None else None)]
+        notes += [*f.notes, *_room(every, d, memory_of(this_machine(True)) if here or here is None and gpu is None else None)]
         if r.max_length>(arch.max_position_embeddings or r.max_length): notes.append(f'max_length: {r.max_length:,} is over the {arch.max_position_embeddings:,} positions of the model')
     except UserError as e: notes.append(f'no forecast of memory: {e}')
     counted = data.rows or r.max_steps>0
@@ -176,12 +206,9 @@ def plan(
     disk, verdict = every.disk if every else 0, mem['verdict'] if mem else 'unknown'
     rep = dict(model=r.model_name_or_path, params_total=n, params_trained=nt, device=d.name, device_kind=d.kind, device_bytes=memory_of(d), dtype=s and s.dtype, batch=s.batch if s else r.per_device_train_batch_size, longest=s.length if s else data.longest,
         memory=mem, stages=every.rows if every else [], resident=f and f.ram and ram_of(s, f=f, **ram).parts, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
-        seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve()][::max(1, sched.total//200)])
-    p = Plan(rep, s, d, closed)
-    if verdict=='fits': rep.update(largest_length=largest(s, d, 'length', closed), largest_batch=largest(s, d, 'batch', closed))
-    elif mem:
-        rep['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in p.fit()]
-        if d.kind=='cuda': rep['offload'] = offload_table(_offload(s, d)).rows
+        seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve(200)])
+    p = Plan(rep, s, d, closed, r)
+    if search: p.search()
     rep['line'] = _line(rep)
     return p
 
