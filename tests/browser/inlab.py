@@ -1,0 +1,29 @@
+"What browser tests do in JupyterLab: open, run, change the theme, ask axe-core"
+READY = '''async () => { const p = window.jupyterapp.shell.currentWidget; await p.context.ready; await p.sessionContext.ready;
+  const k = p.sessionContext.session?.kernel; if (!k) throw Error('no kernel'); await k.info; return k.connectionStatus }'''
+OFFLINE = ('ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED', 'favicon', '403', '404') # a laboratory without a network, or a file that JupyterLab only asks for
+
+def open_notebook(browser, url, name, width=1280, height=900):
+    "The page of a notebook whose kernel is ready; `errors` collects what the console says"
+    page = browser.new_context(viewport=dict(width=width, height=height), reduced_motion='reduce').new_page()
+    page.set_default_timeout(60_000)
+    page.errors = []
+    page.on('pageerror', lambda e: page.errors.append(str(e)))
+    page.on('console', lambda m: page.errors.append(m.text) if m.type=='error' and not any(o in m.text for o in OFFLINE) else None)
+    page.goto(f'{url}/lab/tree/{name}?reset')
+    page.wait_for_function('() => window.jupyterapp?.shell?.currentWidget?.context')
+    page.evaluate(READY)
+    return page
+
+def run_all(page): page.evaluate("() => { void window.jupyterapp.commands.execute('notebook:run-all-cells') }") # its promise may never settle
+
+def dark(page, on=True):
+    name = 'JupyterLab Dark' if on else 'JupyterLab Light'
+    page.evaluate("t => { void window.jupyterapp.commands.execute('apputils:change-theme', {theme: t}) }", name)
+    page.wait_for_selector(f"body[data-jp-theme-name='{name}']", state='attached')
+
+def axe_faults(page, within='.ftnb-panel'):
+    "What axe-core finds in the panels, but for the slider that ipywidgets itself leaves without a name"
+    from axe_playwright_python.sync_playwright import Axe
+    res = Axe().run(page, context=within, options=dict(rules={'aria-input-field-name': dict(enabled=False)}))
+    return [(v['id'], v['impact'], [n['html'][:160] for n in v['nodes']][:3]) for v in res.response['violations']]

@@ -1,0 +1,42 @@
+"The recipe panel in a real JupyterLab"
+import pytest
+from inlab import axe_faults, dark
+
+@pytest.fixture(scope='module')
+def page(show): return show('recipe', 'from ftnb.recipe_panel import recipe_panel\np = recipe_panel()\np')
+
+def test_a_change_reaches_the_text_and_a_wrong_one_is_said_beside_the_field(page, tmp_path):
+    from playwright.sync_api import expect
+    panel = page.locator('.ftnb-panel').first
+    expect(panel.get_by_text('Take it along')).to_be_visible()
+    panel.get_by_label('lora_r', exact=True).fill('64')
+    expect(panel.get_by_label('as text')).to_have_value('lora_r: 64\n')
+    panel.get_by_label('lora_r', exact=True).fill('64x')
+    expect(panel.get_by_text("'64x' is not a whole number")).to_be_visible()
+    expect(panel.get_by_label('as text')).to_have_value('lora_r: 64\n')
+    panel.get_by_role('button', name='Undo').click()
+    expect(panel.get_by_label('lora_r', exact=True)).to_have_value('16')
+    panel.get_by_label('peft', exact=True).select_option('full')
+    expect(panel.get_by_label('lora_r', exact=True)).to_be_hidden()
+    panel.get_by_role('button', name='Defaults').click()
+    expect(panel.get_by_label('lora_r', exact=True)).to_be_visible()
+    panel.screenshot(path=tmp_path/'recipe.png')
+
+def test_text_goes_back_into_the_form(page):
+    from playwright.sync_api import expect
+    panel = page.locator('.ftnb-panel').first
+    panel.get_by_label('as text').fill('peft: qlora\nload_in_4bit: true\nlora_r: 8\n')
+    panel.get_by_role('button', name='Take text').click()
+    expect(panel.get_by_label('lora_r', exact=True)).to_have_value('8')
+    expect(panel.get_by_label('peft', exact=True)).to_have_value('qlora')
+
+def test_it_can_be_read_by_everyone(page, tmp_path):
+    for on in (False, True):
+        dark(page, on)
+        assert axe_faults(page)==[]
+        page.locator('.ftnb-panel').first.screenshot(path=tmp_path/f'{on}.png')
+    page.set_viewport_size(dict(width=400, height=800))
+    panel = page.locator('.ftnb-panel').first
+    assert panel.evaluate('e => e.scrollWidth<=e.clientWidth+1') # nothing is cut at the side
+    page.set_viewport_size(dict(width=1280, height=900))
+    assert not page.errors
