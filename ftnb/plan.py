@@ -36,6 +36,7 @@ class Data:
     trained_share:float=1. # Share of the tokens that carry a label
     eval_rows:int=0 # In one evaluation
     eval_longest:int=0 # Tokens of the longest of them
+    test:tuple=None # (rows, tokens of the longest) of the held-out rows that stage 4 answers
     batches:Batches=None # As the lengths make them; None: stage 1 has not counted, and `max_length` stands in
     @property
     def known(self)->bool: return self.batches is not None
@@ -46,10 +47,10 @@ def data_of(
     rows:int=None, # Training rows, where stage 1 has not counted
 )->Data:
     "What stage 1 has counted, or what has to be assumed without it"
-    train, valid = ((prep or {}).get('lengths', {}).get(k) or {} for k in ('train', 'valid'))
+    train, valid, test = ((prep or {}).get('lengths', {}).get(k) or {} for k in ('train', 'valid', 'test'))
     if not train.get('n'): return Data(rows or 0, r.max_length, r.max_length)
     b = batches(r, prep['lens'])
-    return Data(b.train_rows, b.longest, b.tokens/b.train_rows, prep['trained_tokens']/max(1, prep['train_tokens']), valid.get('n', 0), min(valid.get('max', 0), r.max_length), b)
+    return Data(b.train_rows, b.longest, b.tokens/b.train_rows, prep['trained_tokens']/max(1, prep['train_tokens']), valid.get('n', 0), min(valid.get('max', 0), r.max_length), (min(test['n'], r.max_eval_samples or test['n']), min(test['max'], r.max_length)) if test.get('n') else None, b)
 
 # %% ../nbs/19c_plan.ipynb #62fa922e
 def _band(v): return f'{gib(v[1])} ({gib(v[0]).split()[0]} to {gib(v[2]).split()[0]})'
@@ -127,7 +128,8 @@ def _evaluation(r:Recipe, s:Step, data:Data)->tuple:
 
 def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int):
     "Memory of every stage; an answer is let grow to twice the longest reference, as in evaluation"
-    e = _evaluation(r, s, data) or (r.per_device_eval_batch_size, data.longest)
+    n, longest = data.test or _evaluation(r, s, data) or (r.per_device_eval_batch_size, data.longest)
+    e = min(n, r.per_device_eval_batch_size), longest
     answer = max(1, round(e[1]*data.trained_share)) if data.known else e[1]//2
     return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room)
 
