@@ -43,7 +43,7 @@ def field_widget(name:str, value):
     kw = dict(description=name, style=dict(description_width='220px'), layout=W.Layout(width='480px', max_width='100%'))
     if name in choices and value in choices[name]: return W.Dropdown(options=choices[name], value=value, **kw)
     if types[name] is bool: return W.Checkbox(value=value, indent=True, **kw)
-    if str(types[name])=='typing.Optional[bool]': return W.Dropdown(options=[('by itself', None), ('yes', True), ('no', False)], value=value, **kw)
+    if str(types[name])=='typing.Optional[bool]': return W.Dropdown(options=[('by itself', 'none'), ('yes', 'true'), ('no', 'false')], value=show_value(value), **kw)
     return W.Text(value=show_value(value), continuous_update=True, **kw)
 
 # %% ../nbs/51_form.ipynb #43f902a2
@@ -150,7 +150,7 @@ def _show(self:Form, fields=True):
         for n,k in self.kids.items():
             v = getattr(self.value, n)
             if fields:
-                new = show_value(v) if isinstance(k, W.Text) else v
+                new = show_value(v) if isinstance(k, W.Text) or ('by itself', 'none') in getattr(k, 'options', ()) else v
                 same = isinstance(k, W.Text) and self._reads_as(n, k.value, v) # what one is typing stays as typed
                 if isinstance(k, W.Dropdown) and new not in [o[1] if isinstance(o, tuple) else o for o in k.options]: continue
                 if not same and k.value!=new: k.value = new

@@ -25,7 +25,7 @@ class RecipePanel(Panel):
         wide = W.Layout(width='100%', max_width='700px')
         self.out = W.HTML()
         self.kind = W.ToggleButtons(options=['YAML', 'Python'], value='YAML', tooltips=['As a recipe file', 'As code to paste into a cell'])
-        self.box = W.Textarea(description='as text', layout=W.Layout(width='100%', max_width='900px', height='180px'), continuous_update=False)
+        self.box = W.Textarea(description='as text', layout=W.Layout(width='calc(100% - 6px)', max_width='900px', height='180px'), continuous_update=False)
         self.path = W.Text(value='my.yaml', description='file', layout=wide)
         self.said = W.HTML()
         self.warnings = W.HTML()

@@ -27,3 +27,22 @@ def axe_faults(page, within='.ftnb-panel'):
     from axe_playwright_python.sync_playwright import Axe
     res = Axe().run(page, context=within, options=dict(rules={'aria-input-field-name': dict(enabled=False)}))
     return [(v['id'], v['impact'], [n['html'][:160] for n in v['nodes']][:3]) for v in res.response['violations']]
+
+def narrow(page, width=400, height=900):
+    "A telephone's width, the file list closed"
+    page.evaluate("() => { if (!window.jupyterapp.shell.leftCollapsed) void window.jupyterapp.commands.execute('application:toggle-left-area') }")
+    page.set_viewport_size(dict(width=width, height=height))
+
+def cut(page, within='.ftnb-panel'):
+    "Elements that reach over the panel's right edge, outside what scrolls by itself"
+    return page.locator(within).first.evaluate("""e => { const w = e.getBoundingClientRect().right; const own = x => { for (let p = x; p && p !== e; p = p.parentElement) if (getComputedStyle(p).overflowX !== 'visible' && p !== x) return true; return false };
+        return [...e.querySelectorAll('*')].filter(x => x.getBoundingClientRect().right > w+5 && !own(x) && getComputedStyle(x).overflowX === 'visible').map(x => `${x.tagName}.${x.className} ${(x.innerText || '').slice(0, 40)}`).slice(0, 9) }""")
+
+def photograph(page, path, within='.ftnb-panel'):
+    "A picture of the whole panel, also of what is below the window's edge"
+    size = page.viewport_size
+    high = page.locator(within).first.evaluate('e => e.scrollHeight')
+    page.set_viewport_size(dict(width=size['width'], height=int(high)+400))
+    page.locator(within).first.scroll_into_view_if_needed()
+    page.locator(within).first.screenshot(path=path)
+    page.set_viewport_size(size)

@@ -1,6 +1,6 @@
 "The recipe panel in a real JupyterLab"
 import pytest
-from inlab import axe_faults, dark
+from inlab import axe_faults, cut, dark, narrow, photograph
 
 @pytest.fixture(scope='module')
 def page(show): return show('recipe', 'from ftnb.recipe_panel import recipe_panel\np = recipe_panel()\np')
@@ -20,7 +20,6 @@ def test_a_change_reaches_the_text_and_a_wrong_one_is_said_beside_the_field(page
     expect(panel.get_by_label('lora_r', exact=True)).to_be_hidden()
     panel.get_by_role('button', name='Defaults').click()
     expect(panel.get_by_label('lora_r', exact=True)).to_be_visible()
-    panel.screenshot(path=tmp_path/'recipe.png')
 
 def test_text_goes_back_into_the_form(page):
     from playwright.sync_api import expect
@@ -34,9 +33,8 @@ def test_it_can_be_read_by_everyone(page, tmp_path):
     for on in (False, True):
         dark(page, on)
         assert axe_faults(page)==[]
-        page.locator('.ftnb-panel').first.screenshot(path=tmp_path/f'{on}.png')
-    page.set_viewport_size(dict(width=400, height=800))
-    panel = page.locator('.ftnb-panel').first
-    assert panel.evaluate('e => e.scrollWidth<=e.clientWidth+1') # nothing is cut at the side
-    page.set_viewport_size(dict(width=1280, height=900))
+        photograph(page, tmp_path/f'{on}.png')
+    narrow(page)
+    photograph(page, tmp_path/'narrow.png')
+    assert cut(page)==[]
     assert not page.errors
