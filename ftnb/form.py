@@ -9,6 +9,7 @@ __all__ = ['units', 'first', 'presets', 'show_value', 'read_value', 'field_widge
 import ipywidgets as W
 import traitlets as T
 
+from .advice import advice
 from .base import UserError
 from .draw import esc
 from .fields import Recipe, defaults, group_of, groups, help_of, names, types
@@ -57,9 +58,13 @@ class Form(T.HasTraits):
     def __init__(self,
         r:Recipe=None, # To begin with; None: the defaults
         fields=first, # Shown at the top
+        data_rows:int=None, # Training rows, where known, for advice
+        lengths=None, # Tokens of each row, or {tokens: rows}
     ):
         super().__init__(value=r or Recipe())
         self.kids, self.infos, self.rows, self.problems, self.history, self._quiet = {}, {}, {}, {}, [], False
+        self.data_rows, self.lengths = data_rows, lengths
+        self.advice = advice(self.value, data_rows, lengths)
         self.help = help_of()
         self.preset = W.Dropdown(options=list(presets), value='as it is', description='preset', style=dict(description_width='220px'), layout=W.Layout(width='480px', max_width='100%'))
         self.preset.observe(lambda c: self.set(**presets[c['new']]) if c['new']!='as it is' else None, names='value')
@@ -126,7 +131,7 @@ def _try(self:Form, change:dict, typed=None):
 def _to(self:Form, r, remember=True):
     if remember and r!=self.value: self.history.append(self.value)
     self.problems, self._waiting = {}, {}
-    self.value = r
+    self.value, self.advice = r, advice(r, self.data_rows, self.lengths)
     self._show()
 
 @patch
@@ -139,7 +144,8 @@ def _info(self:Form, n):
     v, d = getattr(self.value, n), defaults()[n]
     bad, changed = self.problems.get(n), v!=d
     unit = f'{units[n]} · ' if units.get(n) else ''
-    self.infos[n].value = note(bad, 'bad') if bad else f'<span class="ftnb-help">{f"<span class=ftnb-changed>changed from {esc(show_value(d))}</span> · " if changed else ""}{esc(unit)}{esc(self.help[n])}</span>'
+    said = '' if bad else ''.join(note(f'{a.text} ({a.source})', 'warn') for a in self.advice if a.field==n)
+    self.infos[n].value = note(bad, 'bad') if bad else f'{said}<span class="ftnb-help">{f"<span class=ftnb-changed>changed from {esc(show_value(d))}</span> · " if changed else ""}{esc(unit)}{esc(self.help[n])}</span>'
     self.rows[n].layout.display = '' if applies(self.value, n) or bad else 'none'
 
 @patch
@@ -156,9 +162,10 @@ def _show(self:Form, fields=True):
                 if not same and k.value!=new: k.value = new
             self._info(n)
     finally: self._quiet = False
-    n = len(to_dict(self.value))
+    n, far = len(to_dict(self.value)), [a for a in self.advice if a.field not in self.infos]
     rest = {k: t for k,t in self.problems.items() if k not in self.infos}
     self.status.value = ''.join(note(t, 'bad') for t in rest.values()) or f'<span class="ftnb-help" role="status" aria-live="polite">{"1 problem, see above; the last valid values count" if self.problems else f"{n} of {len(names)} fields differ from the defaults"}</span>'
+    self.status.value += ''.join(note(f'{a.field}: {a.text} ({a.source})', 'warn') for a in far)
     self.undo_button.disabled = not self.history
 
 @patch
