@@ -6,7 +6,7 @@
 __all__ = ['short', 'Head', 'read_heads', 'FileLook', 'guess_mapping', 'judge_head', 'record_lines', 'row_html', 'FirstLook',
            'first_look']
 
-# %% ../nbs/29b_first_look.ipynb #7714abb4
+# %% ../nbs/29b_first_look.ipynb #730e0aa2
 import json, os
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +19,7 @@ from .records import RowFault, apply_mapping, normalise, recognise, shape_of
 from .shapes import answer_words, prompt_words
 from .sources import Source, find_sources, read_rows
 
-# %% ../nbs/29b_first_look.ipynb #8c01b762
+# %% ../nbs/29b_first_look.ipynb #cae146e6
 def short(
     v, # Any value of a row
     n:int=300, # Characters to show
@@ -30,7 +30,7 @@ def short(
     head = mask(head, [f for f in find(head) if f.group=='secret'])[:n].encode('utf-8', 'replace').decode()
     return f'{head} … {more:,} characters more' if more>0 else head
 
-# %% ../nbs/29b_first_look.ipynb #f703be67
+# %% ../nbs/29b_first_look.ipynb #3351ec3f
 @dataclass
 class Head:
     "The first rows of one source, as they were read"
@@ -66,7 +66,7 @@ def read_heads(
     except (OSError, ValueError) as e: raise UserError(f'{short(dataset, 80)} can not be read: {getattr(e, "strerror", None) or e}.') from None
     return [_head(s, rows, 50_000_000) for s in ss[:files]], max(0, len(ss)-files)
 
-# %% ../nbs/29b_first_look.ipynb #0847e23c
+# %% ../nbs/29b_first_look.ipynb #1735be6e
 @dataclass
 class FileLook:
     "What one source was taken for, and what its first rows become"
@@ -127,7 +127,7 @@ def judge_head(
     for raw in head.rows: out.rows.append((raw, *_become(raw, m, out.shape, system_prompt)))
     return out
 
-# %% ../nbs/29b_first_look.ipynb #58ae5141
+# %% ../nbs/29b_first_look.ipynb #cf9e9125
 def record_lines(
     rec:dict, # A record in normal form
     most:int=12, # Lines at most
@@ -165,9 +165,9 @@ class FirstLook:
         return Table(map(line, self.files), cols=['file', 'rows seen', 'taken for', 'sure', 'because'], title='What the files were taken for'+(f' ({self.left:,} more files are not looked at here)' if self.left else ''))
     @property
     def unfit(self)->Table:
-        "Rows that would be set aside, of those looked at"
+        "Rows that can not be used, of those looked at; keys, twins and leaks are found by stage 1"
         rows = [(short(f.file, 80), line, short(why, 200)) for f in self.files for line,why in f.unfit]
-        return Table(rows[:10], cols=['file', 'line', 'reason'], title=f'Rows that would be set aside, of those looked at ({len(rows):,})')
+        return Table(rows[:10], cols=['file', 'line', 'reason'], title=f'Rows that can not be used, of those looked at ({len(rows):,})')
     @property
     def columns(self)->list:
         "The columns of all files"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenRun', 'TokenRow', 'read_token_rows', 'length_bins', 'length_svg', 'SavedProof']
 
-# %% ../nbs/29c_saved_proof.ipynb #b826941c
+# %% ../nbs/29c_saved_proof.ipynb #35f0be0f
 import html, json, re
 from collections import deque
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from .prepare import Prepared
 from .proof import Proof
 from .runs import Run
 
-# %% ../nbs/29c_saved_proof.ipynb #5336671d
+# %% ../nbs/29c_saved_proof.ipynb #db541b83
 _styles = dict(trained='background:#4878d038;border-bottom:2px solid #4878d0', context='', cut='background:#d6565638;text-decoration:line-through')
 _row = re.compile(r'<div><b>([^<]*)</b></div><pre class="ftnb-row"[^>]*>')
 _part = re.compile(r'<(?:mark|span|del) style="[^"]*" title="(trained|context|cut)">|<span style="[^"]*">([^<]*)</span>')
@@ -80,7 +80,7 @@ def read_token_rows(
         out.append(row)
     return out
 
-# %% ../nbs/29c_saved_proof.ipynb #500540b6
+# %% ../nbs/29c_saved_proof.ipynb #7a74405c
 def length_bins(
     lens:dict, # {length: rows}
     most:int=20, # Bars at most
@@ -109,7 +109,7 @@ def length_svg(
     body = ''.join(bar(i, n) for i,(*_,n) in enumerate(bins))+say(48, 12, 'training rows by tokens')+say(44, 30, f'{top:,}', 'end')+say(48, height-5, f'{bins[0][0]:,}')+say(width-8, height-5, f'{bins[-1][1]:,}', 'end')
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{esc(told)}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%;font-family:sans-serif">{body}<path d="M48 22V{base}H{width-8}" fill="none" stroke="{colour}" stroke-opacity=".35"/></svg>'
 
-# %% ../nbs/29c_saved_proof.ipynb #a1afc429
+# %% ../nbs/29c_saved_proof.ipynb #e2e190d5
 def _read(run, name):
     "A saved report, or None"
     try: return json.loads(run.path('reports', f'{name}.json').read_text(encoding='utf-8'))
