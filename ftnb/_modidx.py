@@ -1063,6 +1063,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ftnb.plan_view.curve': ('plan_view.html#curve', 'ftnb/plan_view.py'),
                                 'ftnb.plan_view.elsewhere': ('plan_view.html#elsewhere', 'ftnb/plan_view.py'),
                                 'ftnb.plan_view.facts': ('plan_view.html#facts', 'ftnb/plan_view.py'),
+                                'ftnb.plan_view.moves': ('plan_view.html#moves', 'ftnb/plan_view.py'),
                                 'ftnb.plan_view.numbers': ('plan_view.html#numbers', 'ftnb/plan_view.py'),
                                 'ftnb.plan_view.offers': ('plan_view.html#offers', 'ftnb/plan_view.py'),
                                 'ftnb.plan_view.offers_table': ('plan_view.html#offers_table', 'ftnb/plan_view.py'),

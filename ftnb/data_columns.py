@@ -9,6 +9,7 @@ __all__ = ['ways', 'wide', 'way_of', 'mapping_line', 'Columns']
 import ipywidgets as W
 import traitlets as T
 
+from .draw import esc
 from .first_look import short
 from .look import button
 
@@ -67,7 +68,7 @@ class Columns(T.HasTraits):
     def _build(self, way, mapping):
         "A list of columns for each role of a way of reading"
         cols = _options(self._all(mapping))
-        self.roles = {r: W.Dropdown(options=cols, value=mapping.get(r), description=r, **wide) for r in ways.get(way, tuple(mapping))}
+        self.roles = {r: W.Dropdown(options=cols, value=mapping.get(r), description=esc(r), **wide) for r in ways.get(way, tuple(mapping))}
         for d in self.roles.values(): d.observe(lambda _: self._read(), names='value')
         self.role_box.children = tuple(self.roles.values())
         self._read()

@@ -183,8 +183,8 @@ def _finished(self:DataPanel, job, code):
     if code==0:
         self.run = Run(job.folder)
         return self._show_proof()
-    if job.fresh: self._show_proof()
-    if self.proof and self.proof.stopped: return
+    if job.fresh or not job.folder.exists(): self._show_proof()
+    if (self.proof and self.proof.stopped) or not job.folder.exists(): return
     self._say('Stage 1 was stopped.' if code==130 else job.said or f'Stage 1 ended with code {code} and said nothing.', 'warn' if code==130 else 'bad')
 
 @patch
