@@ -71,7 +71,10 @@ def workspace(path, few=False):
             else: shutil.copytree(have, Path(d)/'runs/demo', ignore=shutil.ignore_patterns('*.safetensors', 'checkpoints'))
         yield Path(d)
 
-def values_of(path, few): return quick.get(stem(path), {}) if few else {}
+def values_of(path, few):
+    "Parameters of a run: its files go to the folder it is started in"
+    has = re.search(r'^"?folder:str', '\n'.join(''.join(c['source']) for c in json.loads(Path(path).read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])), re.M)
+    return {**(dict(folder='.') if has else {}), **(quick.get(stem(path), {}) if few else {})}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
