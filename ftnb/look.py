@@ -14,7 +14,7 @@ from .draw import esc
 # %% ../nbs/50_look.ipynb #719b5541
 css = '''<style>
 .ftnb-panel{--ftnb-line:var(--jp-border-color1,var(--vscode-panel-border,rgba(128,128,128,.4)));--ftnb-soft:var(--jp-ui-font-color2,var(--vscode-descriptionForeground,inherit));max-width:960px;container-type:inline-size;color:var(--jp-ui-font-color1,var(--vscode-foreground,inherit));overflow-x:auto}
-.ftnb-panel .widget-html-content,.ftnb-panel .widget-html{line-height:1.45;height:auto;overflow-wrap:anywhere}
+.ftnb-panel .widget-html-content,.ftnb-panel .widget-html{min-width:0;max-width:100%;box-sizing:border-box;line-height:1.45;height:auto;overflow-wrap:anywhere}
 .ftnb-panel .widget-label,.ftnb-panel .widget-checkbox label{color:inherit}
 .ftnb-help{color:var(--ftnb-soft);font-size:.92em}
 .ftnb-bad{border-left:3px solid var(--jp-error-color1,#c62828);padding-left:.5em}
@@ -23,6 +23,8 @@ css = '''<style>
 .ftnb-changed{font-weight:600}
 .ftnb-panel table{border-collapse:collapse;margin:.5em 0;display:block;overflow-x:auto;max-width:100%}
 .ftnb-panel th,.ftnb-panel td{padding:.2em .6em;border-bottom:1px solid var(--ftnb-line);text-align:left;vertical-align:top}
+.ftnb-panel td{overflow-wrap:break-word}
+.ftnb-panel th{overflow-wrap:normal}
 .ftnb-panel caption{text-align:left;font-weight:600;padding:.3em 0;color:inherit}
 .ftnb-panel input,.ftnb-panel select,.ftnb-panel textarea{min-width:0;max-width:100%;box-sizing:border-box}
 @container (max-width:560px){.ftnb-panel .widget-inline-hbox{flex-flow:row wrap;height:auto;width:100%}.ftnb-panel .widget-inline-hbox>.widget-label{width:100%!important;text-align:left}.ftnb-panel .widget-inline-hbox{min-width:0!important;max-width:100%!important}.ftnb-panel select{height:28px}}
