@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fetched', 'config_at_hand', 'fetch_config']
 
-# %% ../nbs/18b_at_hand.ipynb #7f7ee40a
+# %% ../nbs/18b_at_hand.ipynb #23d24cae
 import json
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .base import UserError
 from .models import known_models, model_path
 from .profiles import config_of, profile
 
-# %% ../nbs/18b_at_hand.ipynb #345b87a7
+# %% ../nbs/18b_at_hand.ipynb #42e41ab8
 fetched = {} # (name, revision): config
 
 def _cached(name, revision):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['remembered', 'cell_step', 'FitMap', 'fit_map']
 
-# %% ../nbs/19e_fit_map.ipynb #cc869252
+# %% ../nbs/19e_fit_map.ipynb #4de9e228
 from dataclasses import dataclass
 
 from .arch import Arch
@@ -16,7 +16,7 @@ from .forecast import forecast
 from .plan import Plan
 from .step import Step
 
-# %% ../nbs/19e_fit_map.ipynb #b2dff582
+# %% ../nbs/19e_fit_map.ipynb #ca5b5fc1
 def remembered(
     how=forecast, # From a `Step` to a `Forecast`
     most:int=2000, # Forecasts that are kept
@@ -30,7 +30,7 @@ def remembered(
         return seen[k]
     return f
 
-# %% ../nbs/19e_fit_map.ipynb #3bd84391
+# %% ../nbs/19e_fit_map.ipynb #b97fd4f2
 def cell_step(
     s:Step, # As planned
     batch:int, # Rows of a pass

@@ -97,13 +97,13 @@ class Plan:
     def fit(self, n:int=8)->list:
         "The changes with which the run fits, the fastest first"
         return [t for c in changes(self.step, self.device, self.closed) if (t := _as_recipe(c, self))][:n] if self.step else []
-    def search(self)->'Plan':
-        "Add what takes dozens of forecasts: the largest length and batch where the run fits, changes and offload where it does not"
+    def search(self, offers:bool=True, offload:bool=True)->'Plan':
+        "Add what takes dozens of forecasts: as `offers` the largest length and batch where the run fits, else changes; and what `offload` would move where it does not"
         r, s, d, how = self.report, self.step, self.device, self.closed
-        if r['verdict']=='fits': r.update(zip(('largest_length', 'largest_batch'), _largest(s, d, how, self.recipe)))
-        elif r['memory']:
-            r['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in self.fit()]
-            if d.kind=='cuda': r['offload'] = offload_table(_offload(s, d)).rows
+        if r['verdict']=='fits' and offers: r.update(zip(('largest_length', 'largest_batch'), _largest(s, d, how, self.recipe)))
+        if r['verdict']=='fits' or not r['memory']: return self
+        if offers: r['changes'] = [dict(settings=c.settings, slower=c.slower, need=c.fit.need[1], note=c.note, accumulate=c.accumulate) for c in self.fit()]
+        if offload and d.kind=='cuda': r['offload'] = offload_table(_offload(s, d)).rows
         return self
     def __repr__(self): return '\n\n'.join(map(repr, self.tables))
     def _repr_html_(self): return ''.join(t._repr_html_() for t in self.tables)

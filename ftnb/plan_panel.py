@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fields', 'pages', 'searched', 'read_rows', 'counted', 'PlanPanel', 'plan_panel']
 
-# %% ../nbs/53_plan_panel.ipynb #3b25c7d1
+# %% ../nbs/53_plan_panel.ipynb #a8a2ab76
 import asyncio
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from .form import Form
 from .look import Panel, button, note, row, said
 from .machine import this_machine
 from .plan import Plan, plan
-from .plan_view import curve, elsewhere, facts, offers, offers_table, remarks, said_of, status, verdict, view
+from .plan_view import curve, elsewhere, facts, moves, offers, offers_table, remarks, said_of, status, verdict, view
 from .recipe import load_recipe
 from .runs import Run, stage_fields
 
-# %% ../nbs/53_plan_panel.ipynb #9b3e5e39
+# %% ../nbs/53_plan_panel.ipynb #7e68cf45
 def read_rows(
     text, # As typed
 )->int: # None: not known
@@ -58,7 +58,7 @@ def counted(
     other = [n for n in stage_fields['prepare'] if n!='max_length' and getattr(r, n)!=getattr(run.recipe, n)]
     return _Counted(run.folder, r, prep), f'run: {run.name} was counted with another {", ".join(other)}; its stage 1 counts anew.' if other else ''
 
-# %% ../nbs/53_plan_panel.ipynb #786b83a8
+# %% ../nbs/53_plan_panel.ipynb #82926360
 fields = ('model_name_or_path', 'peft', 'lora_r', 'max_length', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'packing', 'activation_checkpointing', 'optim', 'num_train_epochs')
 pages = ('What would fit', 'Every stage', 'Steps, time and price', 'Batch and length', 'Offloading')
 searched = ('What would fit', 'Batch and length', 'Offloading')
@@ -80,8 +80,7 @@ class PlanPanel(Panel):
         own, self.problem, self.away, self._due, self._found, self._mine, self._how = not isinstance(form, Form), '', None, None, {}, {}, remembered()
         if own: form = Form(load_recipe(form) if isinstance(form, (str, Path)) else form or (self.run.recipe if self.run else None), fields)
         self.form, self._rows = form, read_rows('' if rows is None else rows)
-        known, self._unread = said(devices)
-        self._table = {d.name: d for d in known or []}
+        self._table = {d.name: d for d in devices()}
         if gpu is not None:
             d = device(gpu)
             gpu, self._table[d.name] = d.name, d
@@ -115,7 +114,7 @@ class PlanPanel(Panel):
         if cpu not in self._mine: self._mine[cpu] = this_machine(cpu)
         return self._mine[cpu]
 
-# %% ../nbs/53_plan_panel.ipynb #564d7782
+# %% ../nbs/53_plan_panel.ipynb #5d7c6a28
 @patch
 def page(
     self:PlanPanel,
@@ -129,9 +128,8 @@ def page(
     if p.step is None: return note('The model is not known.')
     if title=='Every stage': return p.stages._repr_html_()+(p.ram._repr_html_() if len(p.ram) else '')
     if title=='Batch and length': return self.map._repr_html_()
-    got, fine = self.offers, p.report['verdict']=='fits'
-    if title=='Offloading': return p.offload._repr_html_() if len(p.offload) else note('The step fits: nothing has to be moved.' if fine else 'There is nowhere to move it to.')
-    if not got: return note('No setting makes it fit: take a smaller model, or a device with more memory.')+note(elsewhere(p))
+    if title=='Offloading': return moves(p)._repr_html_() if len(moves(p)) else note('The step fits: nothing has to be moved.' if p.report['verdict']=='fits' else 'There is nowhere to move it to.')
+    if not (got := self.offers): return note('No setting makes it fit: take a smaller model, or a device with more memory.')+note(elsewhere(p))
     return (offers_table(p, got)._repr_html_() if static else '')+note(elsewhere(p))
 
 @patch
@@ -156,11 +154,11 @@ def _page_later(self:PlanPanel, wait=.15):
     html.value, box.children = note('Counting.'), ()
     self._due = loop.call_later(wait, self._draw_page)
 
-# %% ../nbs/53_plan_panel.ipynb #555e683e
+# %% ../nbs/53_plan_panel.ipynb #0547be2a
 @patch
 def _find(self:PlanPanel, name, revision):
     c = config_at_hand(name, revision)
-    if c: return c
+    if c is not None: return c
     self.away = name, revision
     raise UserError(f'the config of {name} is not on this machine; Fetch config reads it from the hub (a few kB).')
 
@@ -184,7 +182,7 @@ def _changed(self:PlanPanel):
     p, self.problem, self.remark = self._make(self.form.value)
     self._found = {}
     self.value = p
-    self.said.value, self.picture.value, self.notes.value = self._head(), view(p) if p else '', remarks(p, (self._unread, self.remark))
+    self.said.value, self.picture.value, self.notes.value = self._head(), view(p) if p else '', remarks(p, self.remark)
     self.fetch_button.layout.display = '' if self.away else 'none'
     self._page_later()
 
@@ -224,19 +222,21 @@ def take(self:PlanPanel, i:int=0):
     self.form.set(**self.offers[i][0])
     if self.form.problems: self.said.value = status('bad', ' '.join(self.form.problems.values()))
 
-# %% ../nbs/53_plan_panel.ipynb #75fbe17a
+# %% ../nbs/53_plan_panel.ipynb #26ea197b
 @patch
 def static_html(self:PlanPanel)->str:
     "All of the panel as HTML without widgets"
     p = self.value
     head = f'<h4>Plan of {esc(p.report["model"])}</h4>' if p else '<h4>Plan</h4>'
-    return head+self._head()+(view(p) if p else '')+remarks(p, (self._unread, self.remark))+(''.join(f'<h5>{t}</h5>{self.page(t)}' for t in pages) if p else '')
+    return head+self._head()+(view(p) if p else '')+remarks(p, self.remark)+(''.join(map(self.page, pages)) if p else '')
 
 @patch
 def text(self:PlanPanel)->str:
     "All of the panel for a terminal"
-    if self.value is None: return f'no plan: {self.problem}'
-    return '\n\n'.join(str(x) for x in (verdict(self.value)[1], self.offers and self.value, self.map) if x)
+    p = self.value
+    if p is None: return f'no plan: {self.problem}'
+    self.offers, moves(p) # searched, so that the plan shows them
+    return '\n\n'.join(str(x) for x in (verdict(p)[1], p, self.map) if x)
 
 def plan_panel(
     recipe=None, # A `Recipe`, a `Form`, the path of a YAML file, or None
