@@ -30,6 +30,8 @@ def _options(columns):
     labels = list(map(_label, columns))
     return [('not used', None), *((l if labels.count(l)==1 else f'{l} (column {i})', c) for i,(l,c) in enumerate(zip(labels, columns), 1))]
 
+def _at(options, column): return [c for _,c in options].index(column)
+
 def mapping_line(
     mapping:dict, # Columns by role, or None
 )->str:
@@ -45,11 +47,11 @@ class Columns(T.HasTraits):
         mapping:dict=None, # To begin with
     ):
         super().__init__()
-        self.columns, self.roles, self._quiet = [], {}, False
+        self.columns, self.roles, self._quiet, self._opened = [], {}, False, False
         self.way = W.Dropdown(options=list(ways), value='as recognised', description='columns are read', **wide)
         self.role_box, self.offer_box = W.VBox(), W.VBox()
         self.widget = W.VBox([self.way, self.offer_box, self.role_box])
-        self.way.observe(lambda c: self._quiet or self._build(c['new'], self.value or {}), names='value')
+        self.way.observe(lambda c: self._quiet or self._lists(c['new'], self.value or {}), names='value')
         self.set(mapping)
 
     def set(self,
@@ -57,18 +59,22 @@ class Columns(T.HasTraits):
     ):
         "Choose a mapping"
         way = way_of(mapping)
-        self._quiet = True
+        self._lists(way, mapping or {})
+
+    def _lists(self, way, mapping):
+        "Change the way without taking it for a person's choice"
+        self._quiet, self._opened = True, False
         try:
             if way not in self.way.options: self.way.options = [*ways, way]
             self.way.value = way
         finally: self._quiet = False
-        self._build(way, mapping or {})
+        self._build(way, mapping)
 
     def _all(self, mapping): return list(dict.fromkeys([*self.columns[:500], *mapping.values()]))
     def _build(self, way, mapping):
         "A list of columns for each role of a way of reading"
         cols = _options(self._all(mapping))
-        self.roles = {r: W.Dropdown(options=cols, value=mapping.get(r), description=esc(r), **wide) for r in ways.get(way, tuple(mapping))}
+        self.roles = {r: W.Dropdown(options=cols, index=_at(cols, mapping.get(r)), description=esc(r), **wide) for r in ways.get(way, tuple(mapping))}
         for d in self.roles.values(): d.observe(lambda _: self._read(), names='value')
         self.role_box.children = tuple(self.roles.values())
         self._read()
@@ -82,9 +88,12 @@ class Columns(T.HasTraits):
     ):
         "Take in the columns of what was read"
         self.columns = list(columns)
+        if not self.value and (self._opened or self.way.value=='as recognised') and self._opened!=bool(offer): # unknown columns open the lists, known ones close them again
+            self._lists(way_of(offer), {})
+            self._opened = bool(offer)
         cols, self._quiet = _options(self._all(self.value or {})), True
         try:
             for d in self.roles.values():
-                if list(d.options)!=cols: v = d.value; d.options = cols; d.value = v
+                if list(d.options)!=cols: v = d.value; d.options = cols; d.index = _at(cols, v)
         finally: self._quiet = False
         self.offer_box.children = (button('Take '+', '.join(f'{r}: {_label(c)}' for r,c in offer.items()), lambda: self.set(offer), 'A guess from the names and order of the columns; look at the rows afterwards'),) if offer and not self.value else ()

@@ -123,7 +123,7 @@ def _judge(self:DataPanel):
 def _show_look(self:DataPanel):
     "Bring what is shown of the files in line with what was found"
     l, bad = self.looked, [p for p in (self.problem, *self.looked.problems[:3]) if p]
-    self.found.value = ''.join(note(short(p, 1000), 'bad') for p in bad)+''.join(t._repr_html_() for t in (l.table, l.unfit) if len(t))
+    self.found.value = ''.join(note(short(p, 1000), 'bad') for p in bad)+l.tables_html()
     self.line.value = f'<div class="ftnb-help">as a line of the recipe: <code>{esc(short(self.yaml, 2000))}</code></div>' if self.mapping else ''
     self.first.value = l.rows_html()
     self.columns.show(l.columns, l.offer)

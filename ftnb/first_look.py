@@ -177,6 +177,9 @@ class FirstLook:
     @property
     def offer(self)->dict: return next((f.offer for f in self.files if f.offer), None)
 
+    def tables_html(self)->str:
+        "The files, and the rows that can not be used"
+        return '<div style="overflow-wrap:break-word">'+''.join(t._repr_html_() for t in (self.table, self.unfit) if len(t))+'</div>'
     def rows_html(self, n:int=3)->str:
         "The first rows of each file; of one file `n`, of several one each"
         n = n if len(self.files)==1 else 1
@@ -185,7 +188,7 @@ class FirstLook:
         "The same as text"
         return '\n'.join(f'{short(f.file, 80)}, line {raw.line}'+''.join(f'\n  {who}: {short(t)}' for who,t in (record_lines(rec) if rec else [('set aside' if why else 'as it was read', why or raw.row)])) for f in self.files[:5] for raw,rec,why in f.rows[:1])
     def __repr__(self): return '\n\n'.join([*(repr(t) for t in (self.table, self.unfit) if len(t)), self.rows_text()])
-    def _repr_html_(self): return ''.join(t._repr_html_() for t in (self.table, self.unfit) if len(t))+self.rows_html()
+    def _repr_html_(self): return self.tables_html()+self.rows_html()
 
 def first_look(
     dataset, # A recipe's `dataset`

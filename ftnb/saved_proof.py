@@ -177,4 +177,4 @@ class SavedProof:
         "The same for a notebook that nobody has trusted yet: the drawing as an image"
         head, svg, tail = self._html
         return head+svg_image(svg.replace('currentColor', '#888'))+tail
-    def _repr_html_(self): return f'<div class="ftnb-proof">{"".join(self._html)}</div>'
+    def _repr_html_(self): return f'<div class="ftnb-proof" style="overflow-wrap:break-word">{"".join(self._html)}</div>'
