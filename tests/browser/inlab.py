@@ -1,7 +1,45 @@
 "What browser tests do in JupyterLab: open, run, change the theme, ask axe-core"
+import json, os, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+
+FLAGS = '--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+SETTINGS = {'@jupyterlab/apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
+    '@jupyterlab/notebook-extension/tracker': dict(autoStartDefaultKernel=True, windowingMode='none'), # what is not on the screen is on the page, too
+    '@jupyterlab/docmanager-extension/plugin': dict(autosave=False), '@jupyter-widgets/jupyterlab-manager/plugin': dict(saveState=True)}
 READY = '''async () => { const p = window.jupyterapp.shell.currentWidget; await p.context.ready; await p.sessionContext.ready;
   const k = p.sessionContext.session?.kernel; if (!k) throw Error('no kernel'); await k.info; return k.connectionStatus }'''
 OFFLINE = ('ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED', 'favicon', '403', '404') # a laboratory without a network, or a file that JupyterLab only asks for
+
+@contextmanager
+def serve(tmp, root):
+    "The URL of a JupyterLab with settings of its own in `tmp`, whose files are those of `root`"
+    for k,v in SETTINGS.items():
+        f = tmp/'settings'/f'{k}.jupyterlab-settings'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text(json.dumps(v))
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, **{k: str(tmp/v) for k,v in dict(JUPYTER_CONFIG_DIR='cfg', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='rt', IPYTHONDIR='ip', JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='ws').items()}}
+    with (tmp/'lab.log').open('w') as log:
+        srv = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={root}',
+            '--IdentityProvider.token=', '--ServerApp.password=', '--expose-app-in-browser'], env=env, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(600):
+                try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=1); break
+                except OSError: time.sleep(.1)
+            else: raise RuntimeError((tmp/'lab.log').read_text()[-3000:])
+            yield f'http://127.0.0.1:{port}'
+        finally:
+            srv.terminate()
+            srv.wait(20)
+
+def write_cells(path, *cells):
+    "A notebook of code cells"
+    import nbformat as n
+    nb = n.v4.new_notebook(cells=[n.v4.new_code_cell(c) for c in cells])
+    nb.metadata.kernelspec = dict(name='python3', display_name='Python 3', language='python')
+    n.write(nb, path)
 
 def open_notebook(browser, url, name, width=1280, height=900):
     "The page of a notebook whose kernel is ready; `errors` collects what the console says"
