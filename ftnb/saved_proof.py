@@ -14,7 +14,7 @@ from pathlib import Path
 from .base import Table, UserError
 from .describe import QualityReport
 from .draw import esc, palette, svg_image
-from .first_look import short
+from .first_look import short, wide_last
 from .gates import gate_table
 from .prepare import Prepared
 from .proof import Proof
@@ -164,7 +164,7 @@ class SavedProof:
 
     def _make_html(self):
         tokens = ''.join(r._repr_html_() for r in self.rows[:6]) or '<p class="ftnb-warn">Note: the page with the rows as tokens is gone; run stage 1 again to have it.</p>'
-        return [f'<p>{esc(short(self.report["line"], 1000))}</p>{self.gates._repr_html_()}{self.numbers._repr_html_()}', length_svg(self.report['lens']),
+        return [f'<p>{esc(short(self.report["line"], 1000))}</p>{wide_last(self.gates)}{self.numbers._repr_html_()}', length_svg(self.report['lens']),
             f'<h4>Rows as tokens: what is trained, what is context, what is cut</h4>{tokens}'+''.join(t._repr_html_() for t in self.tables)+self._quality_html()]
     def _quality_html(self):
         if not self.quality: return ''
