@@ -12,6 +12,7 @@ from inlab import FLAGS, open_notebook, run_all, serve, write_cells
 def browser():
     api = pytest.importorskip('playwright.sync_api', reason='browser tests: playwright is not installed')
     if not (chrome := found()): pytest.skip('browser tests: no Chromium here; python tools/browser.py gets one')
+    api.expect.set_options(timeout=20_000)
     with api.sync_playwright() as p:
         b = p.chromium.launch(executable_path=chrome, args=FLAGS)
         yield b
