@@ -113,16 +113,17 @@ def config(text):
     "The text of _quarto.yml with this navigation"
     return re.sub(r'(?ms)(^  sidebar:\n.*?^    contents:\n).*?(?=^\S|\Z)', lambda m: m[1]+navigation()+'\n', text)
 
+opened = '<p class="ftnb-path" style="font-size:.875rem;margin:0 0 1.5rem;padding-bottom:.5rem;border-bottom:1px solid #8886">'
 def line(o, page):
     "The line under a title"
     up = os.path.relpath(re.sub(r'\.(qmd|ipynb)$', '.html', o.next), Path(page).parent)
-    return f'<p class="ftnb-path" style="font-size:.875rem;margin:0 0 1.5rem;padding-bottom:.5rem;border-bottom:1px solid #8886">{o.level} · {o.minutes} min{f" and {o.runs}" if o.runs else ""} · needs: {html.escape(o.needs)} · next: <a href="{up}">{html.escape(title(o.next))}</a></p>'
+    return f'{opened}{o.level} · {o.minutes} min{f" and {o.runs}" if o.runs else ""} · needs: {html.escape(o.needs)} · next: <a href="{up}">{html.escape(title(o.next))}</a></p>'
 
 def module_line(p, floor):
     "The same for the page of a module"
     n, l = floors[floor]
     back = os.path.relpath('guides/path.html', Path(p).parent)
-    return f'<p class="ftnb-path" style="font-size:.875rem;margin:0 0 1.5rem;padding-bottom:.5rem;border-bottom:1px solid #8886">{l} · reference, floor {floor}: {n.lower()}{"" if floor=="0" else " · needs: the floors below"} · <a href="{back}">the learning path</a></p>'
+    return f'{opened}{l} · reference, floor {floor}: {n.lower()}{"" if floor=="0" else " · needs: the floors below"} · <a href="{back}">the learning path</a></p>'
 
 def stamp(site):
     "Put the line under the title of every page of a rendered site"
