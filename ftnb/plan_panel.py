@@ -92,8 +92,8 @@ class PlanPanel(Panel):
         self.pages = W.Accordion([W.VBox([W.HTML(), W.VBox()]) for _ in pages], selected_index=None)
         for i,t in enumerate(pages): self.pages.set_title(i, t)
         for w,name,do in ((form, 'value', self._changed), (self.gpu_list, 'value', self._changed), (self.rows_text, 'value', self._typed), (self.pages, 'selected_index', self._draw_page)): w.observe(lambda c, do=do: do(), names=name)
-        shown = [form.widget] if show_form or show_form is None and own else []
-        super().__init__([W.HTML('<h4>Plan</h4>'), *shown, row(self.gpu_list), row(self.rows_text, self.rows_note), self.said, self.fetch_button, self.picture, self.notes, self.pages])
+        top, rest = ([form.preset, form.top, row(form.undo_button, form.reset_button, form.status)], [W.HTML('<h4>All other fields</h4>'), form.more]) if show_form or show_form is None and own else ([], [])
+        super().__init__([W.HTML('<h4>Plan</h4>'), *top, row(self.gpu_list), row(self.rows_text, self.rows_note), self.said, self.fetch_button, self.picture, self.notes, self.pages, *rest])
         self._changed()
 
     @property

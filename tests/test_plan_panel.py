@@ -220,7 +220,8 @@ def test_two_panels_on_one_form_move_together():
     a, b = plan_panel(f, 'T4', 10), plan_panel(f, 'B200', 10)
     f.set(max_length=777)
     assert a.value.recipe.max_length==b.value.recipe.max_length==777 and (a.value.device.name, b.value.device.name)==('T4', 'B200')
-    assert f.widget not in a.children and plan_panel().form.widget
+    own = plan_panel()
+    assert f.top not in a.children and own.form.top in own.children and own.children.index(own.form.more)>own.children.index(own.pages)
 
 def test_the_twin_has_all_of_it_and_escapes_a_name(tmp_path):
     folder = tmp_path/'<img src=x onerror=alert(1)>'
