@@ -309,11 +309,33 @@ def uninterrupted(tmp_path, recipe):
     prepare(run)
     return train(run)
 
+losses = lambda rep: {h['step']: h['loss'] for h in rep['logs'] if 'loss' in h}
+
+def test_a_training_cut_off_goes_on_from_the_copy_to_the_same_loss(made, tmp_path):
+    from transformers import TrainerCallback
+    from ftnb.train import make_trainer, train
+    run, whole = [made(max_steps=8, save_strategy='steps', save_steps=2, peft='lora') for _ in range(2)]
+    copy = Copy(run.folder, tmp_path/'far')
+    class CutOff(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs): copy.push()
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step==5: raise RuntimeError('gone')
+    begin(run, 'prepare'); end(run, 'prepare')
+    copy.push()
+    begin(run, 'train')
+    trainer = make_trainer(run)
+    trainer.add_callback(CutOff())
+    with pytest.raises(RuntimeError, match='gone'): train(run, trainer)
+    shutil.rmtree(run.folder)
+    assert 'prepare done; checkpoint-4' in Copy(run.folder, tmp_path/'far').pull()
+    rep = train(Run(run.folder))
+    assert rep['resumed_from']=='checkpoint-4' and rep['steps']==8 and losses(rep)==losses(train(whole))
+
+@pytest.mark.soak
 def test_a_launcher_on_a_new_machine_goes_on_from_drive_to_the_same_loss(tmp_path, tiny):
     run, rep = interrupted(tmp_path, tiny, 'train')
     assert rep['resumed_from'] and rep['steps']==60
     whole = uninterrupted(tmp_path, load_recipe(tmp_path/'content/mine.yaml'))
-    losses = lambda r: {h['step']: h['loss'] for h in r['logs'] if 'loss' in h}
     assert losses(rep)==pytest.approx(losses(whole), rel=1e-4) and len(losses(rep))==60
 
 # Colab's versions
@@ -325,7 +347,7 @@ def venv_of(request, pins):
     python = at/'bin/python'
     if not (at/'ready').exists():
         subprocess.run([sys.executable, '-m', 'venv', '--clear', str(at)], check=True)
-        try: p = subprocess.run([str(python), '-m', 'pip', 'install', '-q', '-r', str(ROOT/'tests/colab'/pins[-1])], capture_output=True, text=True, timeout=90 if len(pins)==1 else 1500)
+        try: p = subprocess.run([str(python), '-m', 'pip', 'install', '-q', '-r', str(ROOT/'tests/colab'/pins[-1])], capture_output=True, text=True, timeout=180 if len(pins)==1 else 1500)
         except subprocess.TimeoutExpired: pytest.skip('the package registry is too slow for an environment with the pins of Colab')
         if p.returncode: pytest.skip(f'no environment with the pins of Colab: {(p.stderr.strip().splitlines() or ["pip failed"])[-1]}')
         (at/'ready').touch()
@@ -369,14 +391,19 @@ def test_panels_work_with_the_widgets_of_colab(request, tmp_path):
     assert '<p>as text</p>' in ''.join(out[3][0]['data'][html]) and 'lora_r' in ''.join(out[4][0]['data'][html])
     assert said(out[5]).strip()=='7.7.1 7.34.0 set()'
 
+def linked(a, b):
+    "A file of the kept environment, without a copy of its bytes where the disk allows that"
+    if os.path.lexists(b): return
+    try: os.link(a, b)
+    except OSError: shutil.copy2(a, b)
+
 KEPT = ('torch', 'numpy', 'ipywidgets', 'ipython', 'ipykernel')
 def installed(request, tmp_path, uv=True):
     "(its Python, outputs) of an environment with Colab's pins, copied, in which the install cell was run"
     base = venv_of(request, ['pins.txt', 'pins-train.txt']).parents[1]
     at = tmp_path/'venv'
     subprocess.run([sys.executable, '-m', 'venv', str(at)], check=True)
-    subprocess.run(['cp', '-al', str(base/'lib'), str(at)], check=True)
-    subprocess.run(['cp', '-al', str(base/'share'), str(at)], check=True)
+    for d in ('lib', 'share'): shutil.copytree(base/d, at/d, symlinks=True, dirs_exist_ok=True, copy_function=linked)
     if uv: shutil.copy(base/'bin/uv', at/'bin/uv')
     src = source_tree(tmp_path/'src')
     cell = INSTALL.replace(f'git+{url}@{ref_of(books[0])}', f'file://{src}').replace('/tmp/keep.txt', 'keep.txt')
