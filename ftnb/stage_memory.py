@@ -144,7 +144,7 @@ def stage_memory(
     ev = s.but(batch=n, padded=n>1, packed=False, autocast=None, dtype=half)
     ask, loss = inference(ev.but(length=prompt or max(1, row//2)), cache=(prompt or max(1, row//2))+new), inference(ev.but(length=row), head='loss')
     second = ask.by_owner.get('trained weights', 0) if full else 0 # base and tuned model
-    whole, logits = arch.params*4, 2*12*max(8, min(256, 2**29//(12*arch.vocab_size)))*arch.vocab_size*4 # of the model before and after, in RAM
+    whole, logits = arch.params*4, (2*12+5)*max(8, min(256, 2**29//(12*arch.vocab_size)))*arch.vocab_size*4 # of 12 rows before and after, and five times one row while they are compared
     here = cuda and whole<=(room or whole)
     keep, one = _checkpoints(r, f, steps)
     own = f.by_owner.get('trained weights', 0)
