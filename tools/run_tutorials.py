@@ -1,5 +1,5 @@
 "Execute the tutorials and explanations in a clean kernel each and write their outputs back; --quick takes few steps and writes nothing, --check compares."
-import argparse, json, os, re, shutil, subprocess, sys, tempfile, warnings
+import argparse, json, os, re, shutil, subprocess, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,10 +82,14 @@ def main(argv=None):
     p.add_argument('--quick', action='store_true', help='few steps, nothing is written')
     p.add_argument('--check', action='store_true', help='say whose committed outputs differ, write nothing')
     a = p.parse_args(argv)
-    import time
     for path in books(*a.names):
         t = time.time()
-        with workspace(path, a.quick) as d: nb = with_outputs(path, execute(path, values_of(path, a.quick), d))
+        with workspace(path, a.quick) as d: cells = execute(path, values_of(path, a.quick), d)
+        try: nb = with_outputs(path, cells)
+        except ValueError as e:
+            kept = Path(tempfile.gettempdir())/f'{stem(path)}-outputs.json'
+            kept.write_text(json.dumps(cells))
+            sys.exit(f'{e}\nWhat was executed is in {kept}.')
         old = json.loads(path.read_text())
         moved = [c['id'] for c,o in zip(nb['cells'], old['cells']) if shown(c)!=shown(o)]
         print(f'{stem(path):<20} {time.time()-t:5.0f} s'+(f'  {len(moved)} outputs differ: {", ".join(moved)}' if a.check and moved else ''), flush=True)
