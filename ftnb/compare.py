@@ -54,6 +54,6 @@ def _side(key, names, dicts):
 def side_by_side(
     runs:list, # `Run`s
 )->dict: # {recipe, data, versions: Table}
-    "In which fields, data files and package versions runs differ"
+    "In which fields, data files and package versions runs differ; where a run lies and what it is called is no difference"
     ns, ms = labels(runs), [r.manifest for r in runs]
-    return dict(recipe=_side('field', ns, [to_dict(r.recipe, all=True) for r in runs]), data=_side('file', ns, [m.get('data') or {} for m in ms]), versions=_side('package', ns, [m.get('versions') or {} for m in ms]))
+    return dict(recipe=_side('field', ns, [{k: v for k,v in to_dict(r.recipe, all=True).items() if k not in ('output_dir', 'run_name')} for r in runs]), data=_side('file', ns, [m.get('data') or {} for m in ms]), versions=_side('package', ns, [m.get('versions') or {} for m in ms]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_answers', 'cut', 'between', 'metrics_of', 'ComparePanel', 'compare_panel']
 
-# %% ../nbs/56_compare_panel.ipynb #f75108b9
+# %% ../nbs/56_compare_panel.ipynb #e8c38da5
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .report import metric_table
 from .runs import Run, run_folder
 from .settings import read_settings
 
-# %% ../nbs/56_compare_panel.ipynb #8ae589ba
+# %% ../nbs/56_compare_panel.ipynb #67930dc5
 def join_answers(
     reports:dict, # {run: its report of stage 4, or None}
 )->list: # dicts: prompt, reference, and by run base and tuned
@@ -46,7 +46,7 @@ def cut(
     "A text, or its beginning with its length"
     return text if len(text)<=n else f'{text[:n]} … ({len(text):,} characters)'
 
-# %% ../nbs/56_compare_panel.ipynb #741a209c
+# %% ../nbs/56_compare_panel.ipynb #67c9667a
 def _scores(answers, refs):
     js = json_scores(answers, refs) if is_json_set(refs) else [{}]*len(refs)
     return [{**j, 'exact_match': float(a.strip()==r.strip()), 'token_f1': token_f1(a, r)} for a,r,j in zip(answers, refs, js)]
@@ -71,7 +71,7 @@ def metrics_of(
     keys = dict.fromkeys(k for c in cells.values() for k in c)
     return Table([(k, *(c.get(k, '–') if c else 'not evaluated' for c in cells.values())) for k in keys], cols=['metric', *cells], title='Base → tuned, with the 95 % interval of the difference')
 
-# %% ../nbs/56_compare_panel.ipynb #72542b10
+# %% ../nbs/56_compare_panel.ipynb #397e7cb8
 _bad = (OSError, ValueError, TypeError, AttributeError, LookupError) # what reading a broken folder raises
 
 class ComparePanel(Panel):
@@ -117,7 +117,7 @@ class ComparePanel(Panel):
             self.which.value = tuple(at[:2] if newest else [f for f in chosen if f in at])
         finally: self._filling = False
 
-# %% ../nbs/56_compare_panel.ipynb #6903aabd
+# %% ../nbs/56_compare_panel.ipynb #ce75f74a
 from fastcore.basics import patch
 
 @patch
@@ -172,10 +172,10 @@ def _html(self:ComparePanel)->dict:
     no = [n for n,r in self.reports.items() if r is None]
     metrics = f'<h4>Metrics</h4>{self.metrics._repr_html_()}' if len(self.metrics) else ''
     if self.reports: metrics += ''.join(note(f'{n}: not evaluated', 'help') for n in no)+''.join(t._repr_html_() for t in self.against if len(t))
-    return dict(said=f'<div role="status" aria-live="polite">{"".join(note(t, "warn") for t in self.notes)}</div>', metrics=metrics, curves=svg_curves(self.series, 'loss', 720, 120+26*len(self.series)) or (note('none of them has trained yet') if self.runs else ''),
+    return dict(said=f'<div role="status" aria-live="polite">{"".join(note(t, "warn") for t in self.notes)}</div>', curves=svg_curves(self.series, 'loss', 720, 120+26*len(self.series)) or (note('none of them has trained yet') if self.runs else ''), metrics=metrics,
         recipe=''.join(table(t, dict(recipe='Recipe', data='Data', versions='Versions')[k]) for k,t in self.differences.items()) if len(self.runs)>1 else '')
 
-# %% ../nbs/56_compare_panel.ipynb #e9122aa4
+# %% ../nbs/56_compare_panel.ipynb #54984d9e
 @patch
 def _rows(self:ComparePanel):
     "Fill the list of rows with those that match"
@@ -206,7 +206,7 @@ def _answer_html(self:ComparePanel)->str:
         same = '<div class="ftnb-good">as expected</div>' if name in self.names and t.strip()==o['reference'].strip() else ''
         return f'<pre>{esc(cut(t))}</pre>{same}'
     of = f'{len(self.found):,} of {len(self.rows):,} rows'+(', the first 300 in the list' if len(self.found)>300 else '')
-    return f'<h4>Answers</h4><div class="ftnb-help">{of}</div><pre>{esc(cut(o["prompt"]))}</pre><table><thead><tr>{"".join(f"<th>{esc(n)}</th>" for n,_ in cols)}</tr></thead><tbody><tr>{"".join(f"<td>{cell(n, t)}</td>" for n,t in cols)}</tr></tbody></table>'
+    return f'<h4>Answers</h4><div class="ftnb-help">{of}</div><pre>{esc(cut(o["prompt"]))}</pre><table><thead><tr>{"".join(f"<th>{esc(n)}</th>" for n,_ in cols)}</tr></thead><tbody><tr>{"".join(f"<td style=min-width:11em>{cell(n, t)}</td>" for n,t in cols)}</tr></tbody></table>'
 
 @patch
 def _answer(self:ComparePanel): self._put('answers', self._answer_html())

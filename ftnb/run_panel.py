@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_recipe', 'RunPanel', 'run_panel']
 
-# %% ../nbs/55_run_panel.ipynb #2ba80d76
+# %% ../nbs/55_run_panel.ipynb #3a4b5aed
 import math, os, threading
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .runs import Run, run_folder, stages
 from .settings import read_settings
 from .stages import check_range
 
-# %% ../nbs/55_run_panel.ipynb #a3189a56
+# %% ../nbs/55_run_panel.ipynb #b8487952
 def open_recipe(
     r:Recipe,
     name:str, # Of the run, where the recipe has no output_dir
@@ -38,7 +38,7 @@ def open_recipe(
     if (d := doing(Run(folder))).alive: raise UserError(f'{folder.name} is being run: {d!r}. Stop it, wait for it, or give another name.')
     return open_run(str(folder.absolute()), to_dict(r, all=True), say=lambda *_: None)
 
-# %% ../nbs/55_run_panel.ipynb #6641fa22
+# %% ../nbs/55_run_panel.ipynb #6f05f910
 _bad = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) # what reading a broken folder raises
 
 class RunPanel(Panel):
@@ -81,7 +81,7 @@ class RunPanel(Panel):
         if self.source is None and have: self.attach(have[0][1])
         else: self._names()
 
-# %% ../nbs/55_run_panel.ipynb #15e8c3b6
+# %% ../nbs/55_run_panel.ipynb #4a0a7ac8
 from fastcore.basics import patch
 
 @patch
@@ -150,7 +150,7 @@ def stop(self:RunPanel):
         return f'{self.run.name}: {stop_run(self.run)}'
     self._do(go)
 
-# %% ../nbs/55_run_panel.ipynb #4e700271
+# %% ../nbs/55_run_panel.ipynb #d035ba9b
 @patch
 def _report(self:RunPanel, name):
     "A report, read again only if its file changed"
@@ -169,7 +169,7 @@ def _memory(self:RunPanel):
 @patch
 def _look(self:RunPanel, whole):
     "All that is shown, as plain values"
-    if self.run is None: return dict(status='There are no runs here yet; Start makes one.' if self.source is not None else f'There are no runs in {read_settings(self.start).runs} yet; `ftnb run my.yaml` makes one, or run_panel(recipe).', kind='help')
+    if self.run is None: return dict(status='No run is shown yet; Start makes one of the recipe.' if self.source is not None else f'There are no runs in {read_settings(self.start).runs} yet; `ftnb run my.yaml` makes one, or run_panel(recipe).', kind='help')
     run, f = self.run, self.follow
     if not run.path('recipe.yaml').exists():
         self.doing = Doing('new')

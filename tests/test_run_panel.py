@@ -123,7 +123,9 @@ def test_a_broken_recipe_is_refused_before_anything_starts(work):
 def test_another_stage_is_interrupted_at_once(work):
     run = Run(work/'runs/a', Recipe(dataset='demo')).save()
     p = run_panel(run, work)
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN) # as a notebook's kernel may have it, and its children after it
     p.one['prepare'].click()
+    signal.signal(signal.SIGINT, old)
     until(lambda: doing(run).status=='running', step=.02)
     p.stop_button.click()
     until(lambda: not doing(run).alive)
