@@ -143,3 +143,9 @@ def test_links_between_the_pages_lead_somewhere():
 def test_the_demos_figures_on_the_first_page_are_those_that_were_measured():
     rows = [l for l in (ROOT/'index.qmd').read_text().splitlines() if re.match(r'\| (valid JSON|fields|whole|perplexity)', l)]
     assert len(rows)==4 and all(l in (ROOT/'measured.qmd').read_text() for l in rows)
+
+def test_the_site_makes_links_relative_and_leaves_other_slashes_alone():
+    from docs_prerender import relative
+    assert relative('[a](/base.html#x) and/or https://arxiv.org/abs/1 [b](https://x.org/y) `runs/my`', '/', '../')=='[a](../base.html#x) and/or https://arxiv.org/abs/1 [b](https://x.org/y) `runs/my`'
+    assert relative('[a](https://me.io/ftnb/base.html)', 'https://me.io/ftnb/', '')=='[a](base.html)'
+    assert relative('[a](../stages/1_prepare.ipynb) [b](01_first.ipynb) [c](https://x.org/01_first.ipynb)', '/', '../')=='[a](../stages/prepare.ipynb) [b](first.ipynb) [c](https://x.org/01_first.ipynb)'
