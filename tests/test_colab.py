@@ -128,6 +128,25 @@ def test_a_refused_drive_is_one_sentence_with_the_way_out(tmp_path):
     p = subprocess.run([sys.executable, '-c', door % (True, '')], cwd=tmp_path, env=env(PYTHONPATH=str(STUB)), capture_output=True, text=True)
     assert p.returncode and 'Google Drive was not mounted' in p.stderr and 'set drive to False' in p.stderr
 
+def test_a_file_sent_by_the_browser_stays_on_drive_and_is_asked_for_once(tmp_path):
+    (tmp_path/'rows.jsonl').write_text('{"prompt": "a", "completion": "b"}')
+    ask = 'from ftnb.door import open_colab, recipe_of\nprint(recipe_of(open_colab(True), dict(dataset="upload", run_name="mine")).read_text())'
+    more = dict(PYTHONPATH=str(STUB), STUB_DRIVE=str(tmp_path/'mydrive'), HF_HOME=str(tmp_path))
+    first = run_cell(ask, tmp_path, STUB_UPLOAD=str(tmp_path/'rows.jsonl'), **more)
+    assert (tmp_path/'mydrive/ftnb/uploads/mine/rows.jsonl').exists() and 'drive/MyDrive/ftnb/uploads/mine/rows.jsonl' in first
+    assert run_cell(ask, tmp_path, **more).splitlines()[-3:]==first.splitlines()[-3:]
+
+def test_a_stage_opened_alone_is_copied_when_it_ends(tmp_path):
+    from ftnb.door import Door
+    door = Door(tmp_path/'runs', tmp_path/'far', every=.05)
+    run, back = Run(tmp_path/'runs/one', make_recipe({})).save(), []
+    begin(run, 'prepare'); end(run, 'prepare')
+    while len(back)<200 and 'one: prepare done' not in back:
+        time.sleep(.1)
+        back += Door(tmp_path/f'new{len(back)}', tmp_path/'far').said or ['not yet']
+    door.close()
+    assert back[-1]=='one: prepare done'
+
 def test_a_t4_computes_in_float16_with_sdpa():
     torch = pytest.importorskip('torch')
     from ftnb.load import Device, pick_dtype, precision_args, quantisation
