@@ -16,9 +16,7 @@ from ftnb.recipe import make_recipe
 p = plan_panel(make_recipe(dict(model_name_or_path='llama-3.1-8b', peft='qlora', max_length=2048, per_device_train_batch_size=4)), 'T4', 5000)
 p.pages.selected_index = 3
 p'''
-PROOF = '''from IPython.display import HTML
-from ftnb.look import css
-from ftnb.prepare import prepare
+PROOF = '''from ftnb.prepare import prepare
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
 from ftnb.panels import data_panel
@@ -26,13 +24,14 @@ run = Run('runs/demo', make_recipe(dict(dataset='demo', max_length=512))).save()
 prepare(run)
 data_panel(run=run)'''
 
-def shoot(browser, url, name, at, to, margin=0):
-    "Photograph an element of a notebook that was run"
-    page = open_notebook(browser, url, name, 1240, 4200)
+def shoot(browser, url, name, first, last, to):
+    "Photograph a panel of a notebook that was run, from one text to above another"
+    page = open_notebook(browser, url, name, 1240, 5200)
     run_all(page)
-    page.wait_for_selector(at, timeout=120_000)
+    page.wait_for_selector(f'.ftnb-panel >> text={last}', timeout=120_000)
     page.wait_for_timeout(1500)
-    page.locator(at).first.screenshot(path=to, timeout=120_000)
+    box, a, b = (page.locator(f'.ftnb-panel{q}').first.bounding_box() for q in ('', f' >> text={first}', f' >> text={last}'))
+    page.screenshot(path=to, clip=dict(x=box['x'], y=a['y']-6, width=box['width'], height=b['y']-a['y']))
     page.context.close()
 
 def main():
@@ -41,9 +40,9 @@ def main():
     (root/'images').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, serve(Path(a), Path(b)) as url, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chrome, args=FLAGS)
-        for name,cell,at in (('plan', PLAN, '.ftnb-panel'), ('proof', PROOF, '.ftnb-panel')):
+        for name,cell,first,last in (('plan', PLAN, 'preset', 'Offloading'), ('proof', PROOF, 'Gates: ', 'drawn · ')):
             write_cells(Path(b)/f'{name}.ipynb', cell)
-            shoot(browser, url, f'{name}.ipynb', at, root/f'images/{name}.png')
+            shoot(browser, url, f'{name}.ipynb', first, last, root/f'images/{name}.png')
             print(f'images/{name}.png')
         browser.close()
 
