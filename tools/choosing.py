@@ -31,6 +31,8 @@ parameters = [
 ]
 intro = '''---
 title: Choosing parameters
+page-layout: full
+toc: false
 ---
 
 Change few things, one at a time, and let the held-out rows decide: `ftnb run my.yaml -p learning_rate=1e-4` keeps the run and makes a second one, `ftnb diff my my-2` says what it did. The defaults are a sound first run on 500 to 50,000 rows.
