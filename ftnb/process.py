@@ -114,7 +114,7 @@ def stage_table(
         state = 'ended without a word' if state=='lost' else state
         when = f'since {time.strftime("%H:%M:%S", time.localtime(v["started"]))}' if state in ('running', 'stopping') else duration(v['seconds']) if v.get('seconds') is not None else ''
         rows.append((i, s, state, when, v.get('line') or ''))
-    return Table(rows, cols=['', 'stage', 'state', 'time', 'result'])
+    return Table(rows, cols=['#', 'stage', 'state', 'time', 'result'])
 
 def run_names(start='.')->list:
     "(name, folder) of the runs of this workspace, newest first"

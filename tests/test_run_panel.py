@@ -132,6 +132,15 @@ def test_another_stage_is_interrupted_at_once(work):
     p.refresh()
     assert (p.doing.status, p.doing.stage)==('stopped', 'prepare') and 'ftnb: stopped' in log_tail(run) and process_of(run)['code']==130
 
+def test_of_two_starts_at_the_same_moment_one_is_refused(work):
+    run = Run(work/'runs/a', Recipe(dataset='demo')).save()
+    code = f'from ftnb.process import launch\nfrom ftnb.runs import Run\nrun = Run({str(run.folder)!r}); input()\ntry: print("started", launch(run, "prepare", "prepare"))\nexcept ValueError as e: print(e)'
+    ps = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    said = sorted(p.communicate(timeout=60)[0] for p in ps)
+    assert 'a is not started twice' in said[0] and said[1]==f'started {process_of(run)["pid"]}\n'
+    os.kill(process_of(run)['pid'], signal.SIGKILL)
+
 def test_a_number_that_another_process_got_is_not_the_run(work):
     run = Run(work/'runs/a', Recipe()).save()
     state(run, train=dict(status='running', pid=os.getpid(), started=time.time()-10**8))
