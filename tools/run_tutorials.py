@@ -31,17 +31,17 @@ def _joined(x): return ''.join(x) if isinstance(x, list) else x
 def _lines(x): return x.splitlines(True) if isinstance(x, str) else x
 
 def tidy(outputs):
-    "Outputs as they are committed: no counts, no metadata, no widgets, no error stream, streams in one piece"
-    res = []
+    "Outputs as they are committed: no counts, no metadata, no widgets, no error stream, no speed, streams in one piece"
+    res, plain = [], lambda text: re.sub(r' · [\d,.]+ tokens/s', '', text)
     for o in outputs:
         if o['output_type']=='stream':
             if o['name']!='stdout': continue
-            text = re.sub(r'[^\n]*\r(?!\n)', '', _joined(o['text']))
+            text = plain(re.sub(r'[^\n]*\r(?!\n)', '', _joined(o['text'])))
             if res and res[-1]['output_type']=='stream': text = ''.join(res.pop()['text'])+text
             res.append(dict(name='stdout', output_type='stream', text=_lines(text)))
         elif o['output_type']=='error': raise ValueError(f'a cell ended with {o["ename"]}: {o["evalue"]}')
         else:
-            data = {k: _lines(v) if k!='image/png' else v for k,v in sorted(o['data'].items()) if k!='application/vnd.jupyter.widget-view+json'}
+            data = {k: _lines(plain(_joined(v))) if k!='image/png' else v for k,v in sorted(o['data'].items()) if k!='application/vnd.jupyter.widget-view+json'}
             if data: res.append(dict(data=data, **(dict(execution_count=None) if o['output_type']=='execute_result' else {}), metadata={}, output_type=o['output_type']))
     return res
 
