@@ -87,7 +87,7 @@ def model_path(
         return str(to)
     if not name.strip(): raise UserError(f'model_name_or_path: it is empty; set a folder, a hub id or one of {", ".join(known_models)}.')
     p = Path(os.path.expanduser(name))
-    if p.is_dir(): return str(check_folder(p))
+    if p.is_dir(): return str(check_folder(p).absolute()) # a stage's check in a fresh process starts in another folder
     if p.is_file(): raise UserError(f'{name} is a file; model_name_or_path is a folder, a hub id or one of {", ".join(known_models)}.')
     if name.count('/')!=1 or name.startswith(('.', '/', '~')) or name.endswith('/'):
         near = [o.name for o in p.parent.iterdir() if o.is_dir()] if p.parent.is_dir() else []

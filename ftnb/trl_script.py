@@ -144,10 +144,11 @@ def _args(run, has_valid):
     on = "device != 'cpu'  # recomputing saves memory where memory is scarce" if r.activation_checkpointing is None and not r.use_cpu else repr(bool(r.activation_checkpointing))
     kw = dict(output_dir=('code', 'output_dir'), **trainer_values(run, has_valid), bf16=('code', 'compute == torch.bfloat16'), fp16=('code', 'compute == torch.float16'),
         gradient_checkpointing=False, activation_checkpointing=('code', on.split('  #')[0]), logging_nan_inf_filter=False)
+    kw['use_cpu'] = ('code', "device == 'cpu'")
     if r.use_cpu: kw['dataloader_pin_memory'] = False
     notes = dict(train_sampling_strategy='rows of like length together: less padding' if kw['train_sampling_strategy']=='group_by_length' else '',
         fp16='both are named: TRL turns bf16 on where neither is', gradient_checkpointing='TRL turns this older name of the next line on',
-        logging_nan_inf_filter='a loss that is not finite shows in the log', warmup_steps='below 1: a share of all steps' if 0<r.warmup_steps<1 else '')
+        use_cpu='without a GPU TRL refuses bf16 unless told so', logging_nan_inf_filter='a loss that is not finite shows in the log', warmup_steps='below 1: a share of all steps' if 0<r.warmup_steps<1 else '')
     lines = _call('args = SFTConfig', kw).split('\n')
     return '\n'.join(l+f'  # {notes[k]}' if notes.get(k := l.strip().split('=')[0]) else l for l in lines)
 
