@@ -153,16 +153,16 @@ class Change:
         if self.accumulate>1: said.append(f'gradient_accumulation_steps: {self.accumulate} times as many')
         return f'{", ".join(said)} ({"; ".join([f"{self.slower:.2f} times as long", *[self.note]*bool(self.note), self.fit.line])})'
 
-def _ways(s):
+def _ways(s, half):
     "Changes that save memory: name, fields of the step, fields of the recipe, note"
     full, gpu = s.peft=='full', s.device=='cuda'
     return [w for on,*w in [
         (s.attn=='eager', 'attention', dict(attn='sdpa'), dict(attn_implementation='sdpa'), ''),
         (not s.activation_checkpointing, 'checkpointing', dict(activation_checkpointing=True), dict(activation_checkpointing=True), ''),
         (full and s.optim.startswith('adamw_torch') and gpu, 'optimizer', dict(optim='adamw_8bit'), dict(optim='adamw_8bit'), 'optimizer states in 8 bits'),
-        (s.dtype=='float32' and gpu, 'weights', dict(dtype='bfloat16', autocast='bfloat16'), dict(dtype='bfloat16'), 'weights in 16 bits'+(', which small updates may not reach' if full else '')),
-        (full, 'adapters', dict(peft='lora', dtype='bfloat16' if gpu else s.dtype), dict(peft='lora'), 'adapters are trained, not the model'),
-        (s.bits==16 and gpu, 'bits', dict(peft='lora', bits=4, dtype='bfloat16', autocast='bfloat16'), dict(peft='qlora'), 'the base in 4 bits')] if on]
+        (s.dtype=='float32' and gpu, 'weights', dict(dtype=half, autocast=half), dict(dtype=half), 'weights in 16 bits'+(', which small updates may not reach' if full else '')),
+        (full, 'adapters', dict(peft='lora', dtype=half if gpu else s.dtype), dict(peft='lora'), 'adapters are trained, not the model'),
+        (s.bits==16 and gpu, 'bits', dict(peft='lora', bits=4, dtype=half, autocast=half), dict(peft='qlora'), 'the base in 4 bits')] if on]
 
 def _pace(s, d):
     "Seconds a token, or operations where the device has no rates"
@@ -197,7 +197,7 @@ def changes(
     d, found = device(d), {}
     pace = _pace(s, d)
     for level,more in (((), None), (('rows',), _fewer), (('rows', 'length'), _shorter)):
-        for combo in _combos(_ways(s)):
+        for combo in _combos(_ways(s, d.half or 'bfloat16')):
             names = frozenset((*(w[0] for w in combo), *level))
             if not names or any(o<=names for o in found) or ('rows' in names and 'length' not in names and s.batch==1): continue
             t, settings, notes = s, {}, [w[3] for w in combo if w[3]]
