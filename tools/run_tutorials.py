@@ -41,7 +41,7 @@ def tidy(outputs):
             res.append(dict(name='stdout', output_type='stream', text=_lines(text)))
         elif o['output_type']=='error': raise ValueError(f'a cell ended with {o["ename"]}: {o["evalue"]}')
         else:
-            data = {k: _lines(plain(_joined(v))) if k!='image/png' else v for k,v in sorted(o['data'].items()) if k!='application/vnd.jupyter.widget-view+json'}
+            data = {k: _lines(plain(_joined(v))) if k!='image/png' and not isinstance(v, dict) else v for k,v in sorted(o['data'].items()) if k!='application/vnd.jupyter.widget-view+json'}
             if data: res.append(dict(data=data, **(dict(execution_count=None) if o['output_type']=='execute_result' else {}), metadata={}, output_type=o['output_type']))
     return res
 
