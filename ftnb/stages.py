@@ -13,6 +13,7 @@ from pathlib import Path
 from .base import UserError, duration, nearest, shipped, write_json
 from .fields import Recipe, defaults, names
 from .access import load_env
+from .process import owned
 from .recipe import make_recipe, save_recipe, to_dict
 from .runs import Run, begin, end, free_name, inputs_of, requirements, stage_fields, stages, upstream
 from .settings import read_settings
@@ -181,18 +182,17 @@ def run_pipeline(
     debug:bool=False,
 )->list: # dicts: stage, status, line, seconds
     "Run the stages of a run that need it, one clear line each"
-    out = []
-    for s,must in plan_stages(run, first, last, force):
-        n = stages.index(s)+1
-        if not must:
-            out.append(dict(stage=s, status='unchanged', line='', seconds=0))
-            say(f'  {n} {s:<9} unchanged, skipped')
-            continue
-        t = time.time()
-        with _Watch(run, s, watch): st = run_stage(run, s, debug)
-        out.append(dict(stage=s, status='done', line=st.get('line', ''), seconds=round(time.time()-t, 1)))
-        say(f'  {n} {s:<9} {st.get("line", "")} · {duration(time.time()-t)}')
-    return out
+    with owned(run, first, last): return [_one(run, s, must, say, watch, debug) for s,must in plan_stages(run, first, last, force)]
+
+def _one(run, s, must, say, watch, debug):
+    "Run a stage if it must, and say so in one line"
+    n, t = stages.index(s)+1, time.time()
+    if not must:
+        say(f'  {n} {s:<9} unchanged, skipped')
+        return dict(stage=s, status='unchanged', line='', seconds=0)
+    with _Watch(run, s, watch): st = run_stage(run, s, debug)
+    say(f'  {n} {s:<9} {st.get("line", "")} · {duration(time.time()-t)}')
+    return dict(stage=s, status='done', line=st.get('line', ''), seconds=round(time.time()-t, 1))
 
 class _Watch:
     "Passes on the newest training event, and turns the first Ctrl-C into a request to stop with a checkpoint"

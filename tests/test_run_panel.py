@@ -245,3 +245,21 @@ def test_a_form_with_a_problem_is_not_started(work):
     f.kids['lora_r'].value = '64x'
     p.start_button.click()
     assert 'lora_r' in p.shown['said'].value and 'not a whole number' in p.shown['said'].value and not (work/'runs').exists()
+
+def test_a_run_from_a_terminal_is_known_between_its_stages_and_not_started_twice(work, monkeypatch):
+    "`ftnb run` notes itself in the folder; what it was asked and how it ended stay there"
+    from ftnb.process import owned
+    run = Run(work/'runs/r', make_recipe(dict(dataset='demo'))).save()
+    with owned(run):
+        assert doing(run).alive and doing(run).status=='starting'
+        with pytest.raises(ValueError, match='not started twice'): launch(run)
+    assert not doing(run).alive and process_of(run)['code']==0
+    other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+    try:
+        write_json(run.path('process.json'), dict(pid=other.pid, at=time.time(), first='prepare', last='export'))
+        with pytest.raises(ValueError, match=f'process {other.pid} runs it'):
+            with owned(run): pass
+    finally: other.kill(); other.wait()
+    with pytest.raises(KeyboardInterrupt):
+        with owned(run): raise KeyboardInterrupt
+    assert process_of(run)['code']==130
