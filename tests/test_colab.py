@@ -330,7 +330,16 @@ def uninterrupted(tmp_path, recipe):
 
 losses = lambda rep: {h['step']: h['loss'] for h in rep['logs'] if 'loss' in h}
 
-def test_a_training_cut_off_goes_on_from_the_copy_to_the_same_loss(made, tmp_path):
+@pytest.fixture
+def one_thread():
+    "Small steps wait for each other on a busy machine"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def test_a_training_cut_off_goes_on_from_the_copy_to_the_same_loss(made, tmp_path, one_thread):
     from transformers import TrainerCallback
     from ftnb.train import make_trainer, train
     run, whole = [made(max_steps=8, save_strategy='steps', save_steps=2, peft='lora') for _ in range(2)]
