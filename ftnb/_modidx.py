@@ -1486,6 +1486,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ftnb.stages._injected': ('stages.html#_injected', 'ftnb/stages.py'),
                              'ftnb.stages._kernel_died': ('stages.html#_kernel_died', 'ftnb/stages.py'),
                              'ftnb.stages._one': ('stages.html#_one', 'ftnb/stages.py'),
+                             'ftnb.stages._tidy': ('stages.html#_tidy', 'ftnb/stages.py'),
                              'ftnb.stages.check_range': ('stages.html#check_range', 'ftnb/stages.py'),
                              'ftnb.stages.finish_stage': ('stages.html#finish_stage', 'ftnb/stages.py'),
                              'ftnb.stages.link_run': ('stages.html#link_run', 'ftnb/stages.py'),

@@ -128,7 +128,15 @@ def run_stage(
         if not _kernel_died(e): raise
         end(run, stage, 'failed', 'its process was killed')
         raise StageFailed(f'{stage}: its process was killed, most likely for want of memory; set a smaller per_device_train_batch_size or max_length, peft: qlora, or a smaller model. What was saved is kept.', 137) from None
+    finally: _tidy(out)
     return run.state[stage]
+
+def _tidy(path):
+    "Take the cells that only Colab needs out of an executed copy"
+    try: nb = json.loads(path.read_text())
+    except (OSError, ValueError): return
+    kept = [c for c in nb['cells'] if not str(c.get('id', '')).startswith('colab-')]
+    if len(kept)<len(nb['cells']): write_json(path, {**nb, 'cells': kept})
 
 # %% ../nbs/42_stages.ipynb #c10e84b8
 def check_range(first:str, last:str):
