@@ -21,6 +21,9 @@ def main():
         f, t = r['paper'], sorted(r['trace_seconds'])
         out.append(f'## The planner\n\n`{r["command"]}`. The instant path over {f["calls"]} different steps in fresh processes: median {f["median_ms"]:.1f} ms, 90 % under {f["p90_ms"]:.1f} ms, longest {f["most_ms"]:.1f} ms, without torch. The trace of Llama 3.1 8B in a process that has traced before: {t[len(t)//2]:.1f} s. Resident memory of the demo on a CPU, stage by stage, each in a process of its own:\n\n'
             + table([dict(stage=o['stage'], forecast=gib(o['forecast']), measured=gib(o['measured']), error=f'{100*(o["forecast"]/o["measured"]-1):+.0f} %') for o in (r.get('run') or {}).get('stages', [])], ['stage', 'forecast', 'measured', 'error']))
+    if r := load('panel'):
+        f, c = r['first_paint'], r['change']
+        out.append(f'## The plan panel\n\n`python bench/panel.py`. From the import to the first picture, in a fresh process: {f["median_seconds"]:.2f} s (longest of {f["processes"]}: {f["most_seconds"]:.2f} s). A change of a field, the GPU or the rows, over {c["changes"]} changes on three models and two cards: median {c["median_ms"]:.0f} ms, 90 % under {c["p90_ms"]:.0f} ms, longest {c["most_ms"]:.0f} ms. A page that takes a search follows 150 ms after the last change. No torch is loaded.')
     if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove; peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row. What grows is the index of near duplicates: about 1 KB a row.\n\n'
         + table([dict(rows=f'{o["rows"]:,}', **{'rows/s': o['rows_per_second'], 'peak MB': f'{o["peak_mb"]:,}', 'file MB': o['file_mb']}, **{k: f'{100*v:.0f} %' for k,v in o['share'].items()}) for o in r['runs']], ['rows', 'rows/s', 'peak MB', 'file MB', *r['runs'][0]['share']]))
     if r := load('near'):
