@@ -5,7 +5,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 # With a few steps, for `make test`; a notebook that is not named runs as it stands
-quick = dict(your_data={}, schedule=dict(max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4), one_gpu=dict(max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4))
+quick = dict(your_data={}, schedule=dict(max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4), one_gpu=dict(eval_strategy='no', max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4))
 demo_quick = dict(max_steps=2, max_train_samples=24, max_eval_samples=4, max_new_tokens=4, per_device_train_batch_size=4, logging_steps=1, save_strategy='no')
 PLACES = re.compile(r'(?<![\w.])/(?:work|root|home|tmp|Users|usr|opt|var|content)/\w|\bat 0x[0-9a-f]{6,}')
 
@@ -50,6 +50,7 @@ def with_outputs(path, cells):
     nb, done = json.loads(Path(path).read_text()), {c['id']: c for c in cells}
     for c in nb['cells']:
         if c['cell_type']!='code': continue
+        if c['id'] not in done: raise ValueError(f'{Path(path).name} was edited while it ran')
         c.update(execution_count=None, outputs=tidy(done[c['id']]['outputs']))
         if m := PLACES.search(shown(c)): raise ValueError(f'{Path(path).name}: an output shows {m[0]}...:\n{shown(c)[max(0, m.start()-200):m.end()+100]}')
     return nb
