@@ -27,10 +27,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/ftnb run demo
 
+# Two test processes with a thread each are faster on two cores than one after the other, and do not wait for each other's threads.
+test: export OMP_NUM_THREADS ?= 1
 test: setup
 	@$(PY) tools/check_export.py
+	@$(PY) tools/browser.py
 	@$(BIN)/nbdev-test --n-workers 2
-	@$(PY) -m pytest -m "not soak"
+	@$(PY) -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: setup
 	@$(PY) -m pytest -m soak
