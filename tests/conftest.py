@@ -5,6 +5,7 @@ os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TE
 import json
 from pathlib import Path
 import pytest
+from inlab import browser, lab, show # fixtures
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)

@@ -6,7 +6,7 @@ import os, sys, tempfile
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-sys.path[:0] = [str(root/'tools'), str(root/'tests/browser')]
+sys.path[:0] = [str(root/'tools'), str(root/'tests')]
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 from browser import get
 from inlab import FLAGS, open_notebook, run_all, serve, write_cells

@@ -1,6 +1,11 @@
 "What browser tests do in JupyterLab: open, run, change the theme, ask axe-core"
 import json, os, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
+from pathlib import Path
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]/'tools'))
+from browser import found
 
 FLAGS = '--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 SETTINGS = {'@jupyterlab/apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
@@ -84,3 +89,38 @@ def photograph(page, path, within='.ftnb-panel'):
     page.locator(within).first.scroll_into_view_if_needed()
     page.locator(within).first.screenshot(path=path)
     page.set_viewport_size(size)
+
+# fixtures, which conftest gives to all tests: one JupyterLab and one Chromium; what is skipped without a browser says so in one line
+
+@pytest.fixture(scope='session')
+def browser():
+    api = pytest.importorskip('playwright.sync_api', reason='browser tests: playwright is not installed')
+    if not (chrome := found()): pytest.skip('browser tests: no Chromium here; python tools/browser.py gets one')
+    api.expect.set_options(timeout=20_000)
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chrome, args=FLAGS)
+        yield b
+        b.close()
+
+@pytest.fixture(scope='session')
+def lab(browser, tmp_path_factory):
+    "(URL of a JupyterLab, its root folder)"
+    tmp, root = tmp_path_factory.mktemp('lab'), tmp_path_factory.mktemp('root')
+    (root/'settings.ini').write_text('[ftnb]\n')
+    with serve(tmp, root) as url: yield url, root
+
+@pytest.fixture(scope='module')
+def show(lab, browser):
+    "Callable: a notebook of these cells, opened and run; all panels of a module in one page would hide each other's faults, so each has its own"
+    url, root = lab
+    pages = []
+    def f(name, *cells):
+        write_cells(root/f'{name}.ipynb', *cells)
+        page = open_notebook(browser, url, f'{name}.ipynb')
+        pages.append(page)
+        run_all(page)
+        return page
+    yield f
+    for page in pages:
+        page.evaluate('async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }')
+        page.context.close()
