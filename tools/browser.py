@@ -14,7 +14,7 @@ def found():
         return own if os.path.exists(own) else None
     except Exception: return None
 
-def tried(*command, seconds=300):
+def tried(*command, seconds=60):
     "Whether a command ended well"
     try: return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=seconds, env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'}).returncode==0
     except (OSError, subprocess.TimeoutExpired): return False
@@ -23,8 +23,8 @@ def get():
     "A browser, installed if need be; None where none can be had"
     if p := found(): return p
     if shutil.which('apt-get'):
-        root = [] if os.geteuid()==0 else ['sudo', '-n']
-        if (tried(*root, 'apt-get', 'install', '-y', '-q', 'chromium') or tried(*root, 'apt-get', 'update', '-q') and tried(*root, 'apt-get', 'install', '-y', '-q', 'chromium')) and (p := found()): return p
+        root, install = [] if os.geteuid()==0 else ['sudo', '-n'], ('apt-get', 'install', '-y', '-q', 'chromium')
+        if (tried(*root, *install, seconds=180) or tried(*root, 'apt-get', 'update', '-q') and tried(*root, *install, seconds=180)) and (p := found()): return p
     if tried(sys.executable, '-m', 'playwright', 'install', 'chromium'): return found()
 
 if __name__=='__main__':
