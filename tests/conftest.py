@@ -66,3 +66,9 @@ class Made:
 
 @pytest.fixture
 def made(tiny, tmp_path): return Made(tiny, tmp_path)
+
+def pytest_collection_modifyitems(items):
+    "The longest files first, so that two test processes end together"
+    first = ('test_pipeline', 'test_export', 'test_tutorials', 'test_docs', 'test_browser_run', 'test_run_panel', 'test_eject')
+    rank = {n: i for i,n in enumerate(first)}
+    items.sort(key=lambda i: rank.get(i.path.stem, len(first)))

@@ -24,6 +24,7 @@ def test_a_change_reaches_the_text_and_a_wrong_one_is_said_beside_the_field(page
 def test_text_goes_back_into_the_form(page):
     from playwright.sync_api import expect
     panel = page.locator('.ftnb-panel').first
+    expect(panel.get_by_label('as text')).to_have_value('# all defaults\n') # what the last change wrote
     panel.get_by_label('as text').fill('peft: qlora\nload_in_4bit: true\nlora_r: 8\n')
     panel.get_by_role('button', name='Take text').click()
     expect(panel.get_by_label('lora_r', exact=True)).to_have_value('8')
