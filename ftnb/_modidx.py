@@ -1677,6 +1677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftnb.watch.Stopper': ('watch.html#stopper', 'ftnb/watch.py'),
                             'ftnb.watch.Stopper.__init__': ('watch.html#stopper.__init__', 'ftnb/watch.py'),
                             'ftnb.watch.Stopper._ask': ('watch.html#stopper._ask', 'ftnb/watch.py'),
+                            'ftnb.watch.Stopper.on_epoch_end': ('watch.html#stopper.on_epoch_end', 'ftnb/watch.py'),
                             'ftnb.watch.Stopper.on_step_end': ('watch.html#stopper.on_step_end', 'ftnb/watch.py'),
                             'ftnb.watch.Stopper.on_train_begin': ('watch.html#stopper.on_train_begin', 'ftnb/watch.py'),
                             'ftnb.watch.Stopper.restore': ('watch.html#stopper.restore', 'ftnb/watch.py'),

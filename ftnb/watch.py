@@ -101,6 +101,9 @@ class Stopper(TrainerCallback):
             self.stopped = True
             control.should_training_stop = control.should_save = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped: control.should_evaluate = control.should_save = False # an epoch that was cut off is no end of an epoch, and the checkpoint is there
+
     def restore(self):
         "Give Ctrl-C back and remove the `STOP` file"
         if self._old is not None: signal.signal(signal.SIGINT, self._old)

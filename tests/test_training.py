@@ -79,6 +79,11 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(made):
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert furthest(a, c)>0
 
+def test_who_stops_does_not_wait_for_a_validation(made):
+    run = made(max_steps=4, eval_strategy='epoch')
+    with pytest.raises(Stopped, match='step 2 of 4; checkpoint-2 is kept'): trained(run, StopAt(run, 2))
+    assert run.events('train_begin')[-1]['eval_rows'] and not run.events('eval')
+
 @pytest.mark.parametrize('kw', [dict(LORA, lora_dropout=.1), dict(optim='sgd')], ids=['lora with dropout', 'full'])
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(made, kw):
     kw = dict(kw, max_steps=4, save_strategy='steps', save_steps=100, train_sampling_strategy='random')
