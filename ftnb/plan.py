@@ -126,12 +126,12 @@ def _evaluation(r:Recipe, s:Step, data:Data)->tuple:
     if not data.known: return r.per_device_eval_batch_size, min(s.length, r.max_length)
     return (min(r.per_device_eval_batch_size, data.eval_rows), data.eval_longest) if data.eval_rows else None
 
-def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int):
+def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int, resident):
     "Memory of every stage; an answer is let grow to twice the longest reference, as in evaluation"
     n, longest = data.test or _evaluation(r, s, data) or (r.per_device_eval_batch_size, data.longest)
     e = min(n, r.per_device_eval_batch_size), longest
     answer = max(1, round(e[1]*data.trained_share)) if data.known else e[1]//2
-    return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room)
+    return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room, resident)
 
 def _room(m, d, here)->list:
     "Sentences about stages that the machine has not the room for"
@@ -196,7 +196,8 @@ def plan(
         ram = dict(evaluation=_evaluation(r, s, data) if r.eval_strategy!='no' else None, lengths=lengths)
         closed = with_ram(forecast, **ram)
         mem, f = _memory(s, d, with_ram(how, **ram))
-        every = _stages(r, s, data, sched.total, f, lengths, memory_of(d))
+        resident = ram_of(s, f=f, **ram) if f.ram else None
+        every = _stages(r, s, data, sched.total, f, lengths, memory_of(d), resident)
         notes += [*f.notes, *_room(every, d, memory_of(this_machine(True)) if here or here is None and gpu is None else None)]
         if r.max_length>(arch.max_position_embeddings or r.max_length): notes.append(f'max_length: {r.max_length:,} is over the {arch.max_position_embeddings:,} positions of the model')
     except UserError as e: notes.append(f'no forecast of memory: {e}')
@@ -207,7 +208,7 @@ def plan(
     tokens = round(data.mean*(sched.total*per if r.max_steps>0 else data.rows*r.num_train_epochs)) if counted else 0
     disk, verdict = every.disk if every else 0, mem['verdict'] if mem else 'unknown'
     rep = dict(model=r.model_name_or_path, params_total=n, params_trained=nt, device=d.name, device_kind=d.kind, device_bytes=memory_of(d), dtype=s and s.dtype, batch=s.batch if s else r.per_device_train_batch_size, longest=s.length if s else data.longest,
-        memory=mem, stages=every.rows if every else [], resident=f and f.ram and ram_of(s, f=f, **ram).parts, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
+        memory=mem, stages=every.rows if every else [], resident=every and every.resident and every.resident.parts, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
         seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve(200)])
     p = Plan(rep, s, d, closed, r)
     if search: p.search()

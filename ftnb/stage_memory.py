@@ -134,6 +134,7 @@ def stage_memory(
     lengths:int=64, # Different lengths of batches
     f:Forecast=None, # Of the step; None: by the closed form
     room:int=None, # Bytes of the GPU; a merge that has not the room on it is in RAM. None: enough
+    resident:Resident=None, # Of the training process on a CPU; None: counted here
 )->StageMemory:
     "GPU memory, RAM and disk of loading, training, evaluating, merging and converting"
     arch, cuda, full = Arch.read(s.config), s.device=='cuda', s.peft=='full'
@@ -149,7 +150,7 @@ def stage_memory(
     keep, one = _checkpoints(r, f, steps)
     own = f.by_owner.get('trained weights', 0)
     shipped = arch.params*itemsize.get(r.merge_dtype, 2) if 'merged' in r.export_formats else 0
-    resident = None if cuda else ram_of(s, (n, row) if r.eval_strategy!='no' else None, lengths, f)
+    resident = None if cuda else resident or ram_of(s, (n, row) if r.eval_strategy!='no' else None, lengths, f)
     def at(stage, tensors, disk, what, ram=None): return dict(stage=stage, gpu=tensors if cuda else 0, ram=libraries+(0 if cuda else tensors) if ram is None else ram, disk=disk, what=what)
     rows = [at('load', base+(2*largest if s.bits<16 else 0), file_bytes(s.config, arch), f'{arch.params:,} weights'+(f' in {s.bits} bits' if s.bits<16 else f' in {s.dtype}')),
         at('train', f.peak, keep*one+own, f'peak in: {f.phase}; {keep} checkpoints', resident and resident.likely),
