@@ -58,7 +58,6 @@ class Form(T.HasTraits):
     def __init__(self,
         r:Recipe=None, # To begin with; None: the defaults
         fields=first, # Shown at the top
-        fold:bool=False, # All other fields behind one line
         data_rows:int=None, # Training rows, where known, for advice
         lengths=None, # Tokens of each row, or {tokens: rows}
     ):
@@ -75,12 +74,9 @@ class Form(T.HasTraits):
         self.more = W.Accordion([W.VBox() for _ in self._groups], selected_index=None)
         for i,g in enumerate(self._groups): self.more.set_title(i, g)
         self.more.observe(self._open, names='selected_index')
-        self.status, rest = W.HTML(), self.more
-        if fold:
-            rest = W.Accordion([self.more], selected_index=None)
-            rest.set_title(0, 'all other fields')
+        self.status = W.HTML()
         self.undo_button, self.reset_button = button('Undo', self.undo, 'Take the last change back'), button('Defaults', lambda: self._to(Recipe()), 'Every field back to its default')
-        self.widget = W.VBox([self.preset, self.top, row(self.undo_button, self.reset_button, self.status), rest], layout=W.Layout(width='100%'))
+        self.widget = W.VBox([self.preset, self.top, row(self.undo_button, self.reset_button, self.status), self.more], layout=W.Layout(width='100%'))
         self._show()
 
     def _row(self, n):

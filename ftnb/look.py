@@ -46,7 +46,7 @@ class Panel(W.VBox):
     "A box of widgets with a static twin; `static_html` and `text` say what it shows"
     title = '' # Names the region for screen readers
     def __init__(self, children=(), **kw):
-        super().__init__([W.HTML(css, layout=W.Layout(display='none' if not css else '', height='0px', margin='0')), *children], layout=W.Layout(width='100%'), **kw)
+        super().__init__([W.HTML(css, layout=W.Layout(height='0px', margin='0')), *children], layout=W.Layout(width='100%'), **kw)
         self.add_class('ftnb-panel')
 
     def static_html(self)->str:
@@ -72,7 +72,7 @@ def button(
     style:str='', # primary, danger or nothing
 )->W.Button:
     "A button that does one thing"
-    b = W.Button(description=label, tooltip=tooltip or label, button_style=dict(primary='primary', danger='danger').get(style, ''), layout=W.Layout(width='auto', min_width='5em'))
+    b = W.Button(description=label, tooltip=tooltip or label, button_style=style, layout=W.Layout(width='auto', min_width='5em'))
     b.on_click(lambda _: do())
     return b
 

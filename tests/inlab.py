@@ -90,6 +90,17 @@ def photograph(page, path, within='.ftnb-panel'):
     page.locator(within).first.screenshot(path=path)
     page.set_viewport_size(size)
 
+def read_by_everyone(page, folder):
+    "The panel in light, dark and at a telephone's width: axe-core finds nothing, nothing is cut, the console is quiet; pictures into `folder`"
+    for on in (False, True):
+        dark(page, on)
+        photograph(page, folder/f'{on}.png')
+        assert axe_faults(page)==[]
+    narrow(page)
+    photograph(page, folder/'narrow.png')
+    assert cut(page)==[]
+    assert not page.errors
+
 # fixtures, which conftest gives to all tests: one JupyterLab and one Chromium; what is skipped without a browser says so in one line
 
 @pytest.fixture(scope='session')

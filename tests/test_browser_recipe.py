@@ -1,6 +1,6 @@
 "The recipe panel in a real JupyterLab"
 import pytest
-from inlab import axe_faults, cut, dark, narrow, photograph
+from inlab import read_by_everyone
 
 @pytest.fixture(scope='module')
 def page(show): return show('recipe', 'from ftnb.recipe_panel import recipe_panel\np = recipe_panel()\np')
@@ -31,11 +31,4 @@ def test_text_goes_back_into_the_form(page):
     expect(panel.get_by_label('peft', exact=True)).to_have_value('qlora')
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
-    for on in (False, True):
-        dark(page, on)
-        assert axe_faults(page)==[]
-        photograph(page, tmp_path/f'{on}.png')
-    narrow(page)
-    photograph(page, tmp_path/'narrow.png')
-    assert cut(page)==[]
-    assert not page.errors
+    read_by_everyone(page, tmp_path)
