@@ -234,6 +234,6 @@ def eta(
     to_come = sum(1 for x in evals if x>=done and x not in had)
     total = last['t']-begin['t']+paused(last, es[-1])+rate*(steps-done)+pause*to_come
     mean = sum(rates)/len(rates)
-    error = 2*math.sqrt(sum((r-mean)**2 for r in rates)/(len(rates)-1)/len(rates))/mean if len(rates)>2 else .1
+    error = 2*math.sqrt(sum((r-mean)**2 for r in rates)/(len(rates)-1)/len(rates))/mean if len(rates)>2 and mean>0 else .1
     off = max(.05, min(error, .5))*(total-elapsed)+pause*to_come/2
     return Eta(Time(total, total-off, total+off, 'measured'), elapsed, done, steps)

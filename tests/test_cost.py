@@ -238,3 +238,9 @@ def test_return_by_hand():
     r = roi(invested=1200, saved=300, running=100, months=12)
     assert (r.gain, r.roi, r.payback)==(1200, 1., 6.)
     assert roi(1200, 100, 100).payback is None and roi(1200, 100, 100).roi==-1 and roi(0, 10).payback==0 and roi(0, 0).roi==0
+
+def test_steps_within_one_millisecond_are_not_an_error():
+    "Events carry milliseconds; a fast machine writes many steps into one"
+    es = [dict(t=5., event='train_begin', step=0, max_steps=40), *[dict(t=5., event='log', step=i) for i in range(1, 25)]]
+    e = eta(es)
+    assert (e.step, e.total.seconds, e.left)==(24, 0, 0)
