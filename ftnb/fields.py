@@ -16,6 +16,7 @@ class Recipe:
     "What a run shall do, with every value typed and checked"
     model_name_or_path:str = 'smollm2-135m' # Hub id, folder, or a known short name
     model_revision:Optional[str] = None # Branch, tag or commit on the hub
+    adapter_name_or_path:Optional[str] = None # Go on from this adapter: its folder, or the run that trained it
     trust_remote_code:bool = False # Run Python code that comes with a model; only for models you have read
     dtype:str = 'auto' # float32, bfloat16, float16, or auto: what the device computes well
     attn_implementation:str = 'sdpa' # sdpa, flash_attention_2, eager, or a kernel of the hub
@@ -41,21 +42,37 @@ class Recipe:
     secrets:str = 'drop' # Rows with keys, tokens or passwords: mask, drop, or stop
     private_data:str = 'report' # Rows with e-mail, phone, card, IBAN, SSN or IP numbers: report, mask, drop, or stop
     accept:Optional[dict] = None # Gates that may fail, each with the reason, such as {nothing_cut: long logs are noise}
+    new_tokens:Optional[list] = None # Tokens added to the vocabulary; their embeddings are trained
     packing:bool = False # Put several rows into one sequence
     packing_strategy:str = 'bfd' # bfd (best fit, rows stay whole) or wrapped
     train_sampling_strategy:str = 'auto' # random, sequential, group_by_length, or auto: by length when padding would be costly
     dataset_num_proc:Optional[int] = None # Processes that tokenise
-    method:str = 'sft' # Loss: sft (dpo, orpo and kto come with a later version)
-    peft:str = 'lora' # What is trained: full, lora, or qlora (lora on a 4-bit base)
+    method:str = 'sft' # Loss: sft, dpo (pairs, against a reference), orpo (pairs, without one), or kto (single answers, wanted or not)
+    loss_type:Union[str, list, None] = None # Variant of the loss, such as ipo for dpo or apo_zero_unpaired for kto; a list for dpo is summed; none: the method's own
+    loss_weights:Optional[list] = None # Weight of each loss, with a list in loss_type
+    beta:float = 0.1 # dpo, orpo, kto: the higher, the closer to the reference (orpo: the weight of the odds ratio)
+    label_smoothing:float = 0.0 # dpo: share of pairs that are taken to be the wrong way round
+    f_divergence_type:str = 'reverse_kl' # dpo: reverse_kl, forward_kl, js_divergence or alpha_divergence
+    desirable_weight:float = 1.0 # kto: weight of the answers that are wanted
+    undesirable_weight:float = 1.0 # kto: weight of those that are not
+    precompute_ref_log_probs:bool = False # dpo, kto: ask the reference once, before training; with full it is then not in memory
+    peft:str = 'lora' # What is trained: full, lora, qlora (lora on a 4-bit base), or another method of the table, such as dora, ia3, prefix, bottleneck
+    peft_args:Optional[dict] = None # More arguments of the method under PEFT's names, such as {r: 256} for vera
+    adapter_name:str = 'default' # Name of the adapter that is trained
+    trainable_modules:Union[str, list, None] = None # full: train only parameters with these names, or that match this expression; none: all
+    num_virtual_tokens:int = 20 # prompt, ptuning, prefix, llama_adapter: tokens that are added
+    bottleneck_size:int = 64 # bottleneck: width between its two layers
     lora_r:int = 16 # Rank of the update
     lora_alpha:int = 32 # Scale of the update: alpha / r, or alpha / sqrt(r) with use_rslora
     lora_dropout:float = 0.0 # Dropout before the adapter
     lora_target_modules:Union[str, list] = 'all-linear' # Layers that get an adapter, by name
     lora_bias:str = 'none' # Biases that are trained: none, all, lora_only
+    lora_exclude_modules:Union[str, list, None] = None # Layers that get none, by name or expression
     lora_modules_to_save:Optional[list] = None # Layers trained in full and saved whole
+    trainable_token_indices:Union[list, dict, None] = None # Numbers of tokens whose embeddings are trained beside the adapter
     use_rslora:bool = False # Scale by alpha / sqrt(r), steadier at high rank
     use_dora:bool = False # Train magnitude and direction apart
-    init_lora_weights:Union[bool, str] = True # True, gaussian, pissa, olora, ...
+    init_lora_weights:Union[bool, str] = True # True, gaussian, pissa, pissa_niter_16, olora, eva, loftq, orthogonal, ...
     layers_to_transform:Optional[list] = None # Only these blocks, by number
     layers_pattern:Optional[str] = None # Name of the list of blocks, for layers_to_transform
     rank_pattern:Optional[dict] = None # Other ranks for some layers
@@ -77,6 +94,7 @@ class Recipe:
     lr_scheduler_kwargs:Optional[dict] = None # More arguments of the schedule
     warmup_steps:float = 0.05 # Steps (from 1 up) or share of all steps (below 1)
     optim:str = 'adamw_torch_fused' # Optimizer: adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor, sgd, ...
+    loraplus_lr_ratio:Optional[float] = None # LoRA+: learning rate of matrix B over that of A, such as 16
     optim_args:Optional[str] = None # More arguments of the optimizer, as key=value,...
     weight_decay:float = 0.0 # Decay of the trained weights
     adam_beta1:float = 0.9 # Adam's decay of the gradient mean
@@ -145,13 +163,15 @@ class Recipe:
     export_formats:list = dataclasses.field(default_factory=lambda: ['adapter', 'merged']) # What is exported
     merge_dtype:str = 'auto' # Type of the merged weights: float32, bfloat16, float16, or auto: as the base ships, and a finer one where rounding would change the answers
     max_shard_size:str = '5GB' # Size of one weight file at most
+    tasks:Optional[dict] = None # Several adapters on one base: a name and the values that differ for each, such as {billing: {dataset: b.jsonl}}
+    sweep:Optional[dict] = None # Lists of values that `ftnb sweep` tries, such as {lora_r: [8, 32]}
     spec_id:Optional[str] = None # Number of the specification that this run fulfils
     spec:Optional[list] = None # Its requirements, each {id, text, proof}
 
 # %% ../nbs/04_fields.ipynb #1b0d6d22
 groups = dict(model='model_name_or_path', data='dataset', method='method', quantisation='load_in_4bit', training='num_train_epochs',
     optimizer='optim', precision='activation_checkpointing', repeatability='seed', validation='eval_strategy', checkpoints='save_strategy', logging='logging_steps',
-    hub='push_to_hub', distributed='ddp_backend', evaluation='max_eval_samples', export='export_formats', specification='spec_id')
+    hub='push_to_hub', distributed='ddp_backend', evaluation='max_eval_samples', export='export_formats', several='tasks', specification='spec_id')
 names = [f.name for f in fields(Recipe)]
 types = typing.get_type_hints(Recipe)
 

@@ -22,12 +22,12 @@ upstream = dict(prepare=(), plan=('prepare',), train=('prepare',), evaluate=('tr
 stages = tuple(upstream)
 
 _prepare = ['model_name_or_path', 'model_revision', 'trust_remote_code', 'pad_token', 'chat_template_path', 'dataset', 'dataset_config', 'dataset_train_split', 'mapping',
-    'system_prompt', 'valid_size', 'test_size', 'max_train_samples', 'max_length', 'excess_length_strategy', 'assistant_only_loss', 'seed',
+    'system_prompt', 'valid_size', 'test_size', 'max_train_samples', 'max_length', 'excess_length_strategy', 'assistant_only_loss', 'seed', 'method', 'new_tokens',
     'template_date', 'think', 'near_duplicates', 'near_duplicate_threshold', 'eval_prompts', 'secrets', 'private_data', 'accept']
 _generate = ['max_eval_samples', 'max_new_tokens', 'do_sample', 'temperature', 'top_p', 'top_k', 'repetition_penalty']
 _export = ['export_formats', 'merge_dtype', 'max_shard_size']
 _no_effect = ['output_dir', 'run_name', 'report_to', 'logging_steps', 'logging_first_step', 'dataset_num_proc', 'save_strategy', 'save_steps', 'save_total_limit', 'save_only_model',
-    'resume_from_checkpoint', 'on_oom', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'spec_id', 'spec']
+    'resume_from_checkpoint', 'on_oom', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'spec_id', 'spec', 'tasks', 'sweep', 'adapter_name']
 _train = [n for n in names if n not in _prepare+_generate+_export+_no_effect]
 stage_fields = dict(prepare=_prepare, plan=_train, train=_train, evaluate=_generate+['per_device_eval_batch_size', 'dtype'], export=_export)
 
