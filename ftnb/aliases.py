@@ -25,7 +25,7 @@ renamed = dict(
     output='output_dir', tracker='report_to', log_with='report_to', max_eval_rows='max_eval_samples', max_samples='max_train_samples',
     # PEFT and bitsandbytes
     r='lora_r', lora_rank='lora_r', peft_lora_r='lora_r', peft_lora_alpha='lora_alpha', bias='lora_bias',
-    target_modules='lora_target_modules', modules_to_save='lora_modules_to_save', bnb_4bit_use_double_quant='use_bnb_nested_quant',
+    target_modules='lora_target_modules', modules_to_save='lora_modules_to_save', exclude_modules='lora_exclude_modules', bnb_4bit_use_double_quant='use_bnb_nested_quant',
     use_nested_quant='use_bnb_nested_quant', use_4bit='load_in_4bit', use_8bit='load_in_8bit',
     # Data
     dataset_name='dataset', datasets='dataset', dataset_path='dataset', train_dataset='dataset', train_file='dataset', data_path='dataset',

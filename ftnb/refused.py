@@ -87,8 +87,6 @@ of_peft = _each({
 }) | dict(
     inference_mode='it is always training here',
     fan_in_fan_out='PEFT sets it by layer type; leave it out',
-    exclude_modules='name the layers that get an adapter: lora_target_modules',
-    trainable_token_indices='set lora_modules_to_save: [embed_tokens], which trains the vectors of all tokens',
     ensure_weight_tying='it is not in this version; leave tied layers out of lora_modules_to_save',
     layer_replication='it makes another base model; save that one first and set model_name_or_path',
     load_in_4bit_fp4='set bnb_4bit_quant_type: fp4',
@@ -120,7 +118,6 @@ of_trl = _each({
     model_init_kwargs='set dtype, attn_implementation, model_revision',
     peft_config='set peft, lora_r, lora_alpha, lora_target_modules',
     eos_token='the end of turn is the one of the chat template; set chat_template_path',
-    loss_type='nll is the only one in this version',
     shuffle_dataset='rows are drawn at random; to keep their order set train_sampling_strategy: sequential',
     ignore_index='it is always -100; leave it out',
     ignore_bias_buffers='only TRL\'s DPO script reads it; leave it out',
@@ -133,7 +130,7 @@ of_loading = _each({
     _offload: 'max_memory offload_folder offload_state_dict offload_buffers',
     _script: 'experts_implementation fusion_config disable_mmap weights_only key_mapping tqdm_class',
     'kernels of the hub are chosen for attention only: attn_implementation': 'use_kernels kernel_config allow_all_kernels',
-    'a run trains one adapter, which is its own; leave it out': 'adapter_kwargs adapter_name',
+    'a run trains one adapter, which is its own; leave it out': 'adapter_kwargs',
     'fast tokenizers are taken; leave it out': 'use_fast use_fast_tokenizer',
     'a model is loaded as it was saved: model_name_or_path': 'state_dict config_name config_overrides model_type rope_scaling',
 }) | dict(

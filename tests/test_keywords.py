@@ -26,12 +26,13 @@ given = dict(dtype='bfloat16', merge_dtype='bfloat16', bnb_4bit_compute_dtype='f
     export_formats=['merged'],
     max_steps=100, spec=None, activation_checkpointing_kwargs=dict(use_reentrant=False), learning_rate=1e-4, warmup_ratio=.03,
     peft_type='LORA',
-    truncation_mode='keep_start', mixed_precision='bf16', use_peft=True, group_by_length=True, dataset_text_field='content',
+    truncation_mode='keep_start', loss_type='dft', label_smoothing=.1, f_divergence_type='forward_kl', mixed_precision='bf16', use_peft=True, group_by_length=True, dataset_text_field='content',
     completion_only_loss=True,
     use_flash_attention_2=True, adafactor=True, torchdynamo='inductor', gradient_checkpointing_use_reentrant=False,
     validation_split_percentage=5)
 beside = dict(temperature=dict(do_sample=True), top_p=dict(do_sample=True), top_k=dict(do_sample=True),
-    push_to_hub=dict(hub_model_id='me/mine'),
+    push_to_hub=dict(hub_model_id='me/mine'), trainable_modules=dict(peft='full'), loss_weights=dict(method='dpo', loss_type=['sigmoid']),
+    **dict.fromkeys(('label_smoothing', 'f_divergence_type', 'beta', 'precompute_ref_log_probs'), dict(method='dpo')), **dict.fromkeys(('desirable_weight', 'undesirable_weight'), dict(method='kto')),
     dataloader_persistent_workers=dict(dataloader_num_workers=2), dataloader_prefetch_factor=dict(dataloader_num_workers=2))
 by_type = {bool: True, int: 2, float: .5, str: 'x', list: ['x'], dict: dict(x='y')}
 

@@ -87,7 +87,7 @@ def test_an_error_text_of_a_library_stands_in_the_installed_version(text, where)
     src = re.sub(r'["\']\s*\n\s*f?["\']', '', (Path(spec.origin).parent.parent/where).read_text())
     assert text in src
 
-@pytest.mark.parametrize('bad', [dict(lora_rank='x'), dict(learnin_rate=1), dict(peft='lorra'), dict(peft='full', load_in_4bit=True), dict(bf16=True, fp16=True), dict(eval_strategy='steps'), dict(lr=1e-4, learning_rate=1e-3), dict(method='dpo'), dict(peft='full', export_formats=['adapter'])])
+@pytest.mark.parametrize('bad', [dict(lora_rank='x'), dict(learnin_rate=1), dict(peft='lorra'), dict(peft='full', load_in_4bit=True), dict(bf16=True, fp16=True), dict(eval_strategy='steps'), dict(lr=1e-4, learning_rate=1e-3), dict(loss_type='ipo'), dict(beta=.5), dict(peft='prefix', packing=True), dict(peft='prompt', export_formats=['merged']), dict(peft='loha', load_in_4bit=True), dict(peft='full', export_formats=['adapter'])])
 def test_what_a_wrong_recipe_says_is_found_on_the_page(bad):
     with pytest.raises(UserError) as e: make_recipe(bad)
     assert any(trouble.pattern(r[0]).search(str(e.value)) for r in trouble.entries['Recipe and command line']+trouble.entries['Evaluation and export'])

@@ -9,7 +9,6 @@ from ftnb.import_config import import_config
 from ftnb.peer_tables import peers, which_peer
 from ftnb.peers import became, read_key
 from ftnb.recipe import load_recipe, make_recipe
-from ftnb.rules import choices, later
 
 FILES = sorted((Path(__file__).parent/'peers').glob('*.yaml'))
 ids = [p.stem for p in FILES]
@@ -87,17 +86,15 @@ def test_the_values_are_those_that_the_file_means(name):
     assert {k: getattr(r, k) for k in WANT[name]}==WANT[name]
 
 @pytest.mark.parametrize('name, method', [('axolotl-instruct-dpo-lora-8b', 'dpo'), ('axolotl-mistral-qlora-orpo', 'orpo'), ('axolotl-qlora-1b-kto', 'kto'), ('llamafactory-qwen3_lora_dpo', 'dpo'), ('llamafactory-qwen3_lora_kto', 'kto')])
-def test_a_method_of_a_later_version_is_said_and_the_rest_is_mapped(name, method):
+def test_a_file_of_preferences_keeps_its_method_and_the_rest_is_mapped(name, method):
     got = import_config(next(p for p in FILES if p.stem==name))
-    r = row(got, 'rl' if got.tool=='axolotl' else 'stage')
-    if method in choices['method']: assert got.recipe.method==method
-    else: assert r.value==method and r.became=='not supported' and method in later['method'] and 'not in this version' in r.here
+    assert row(got, 'rl' if got.tool=='axolotl' else 'stage').value==got.recipe.method==method
     assert got.recipe.lora_r in (8, 16, 32) and got.recipe.model_name_or_path.count('/')==1
 
 def test_a_trl_file_is_told_its_subcommand():
     p = next(p for p in FILES if p.stem=='trl-dpo-lora')
     assert 'does not name its subcommand' in row(import_config(p), 'method').here
-    assert row(import_config(p, method='dpo'), 'method').became==('same' if 'dpo' in choices['method'] else 'not supported')
+    assert row(import_config(p, method='dpo'), 'method').became=='same'
 
 # silent faults, planted
 

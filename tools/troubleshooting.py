@@ -22,7 +22,11 @@ entries = {
     ("bf16 and fp16 exclude each other; keep one", 'A run computes in one of them.', 'bf16 on Ampere and later, fp16 on a T4; leave both out and the device decides.'),
     ("eval_strategy: steps needs eval_steps", 'It is not said how often.', 'Add `eval_steps: 50`.'),
     ("{path} is not a valid settings file: {why}", '`settings.ini` can not be read.', 'It needs a section `[ftnb]` and `key = value` lines.'),
-    ("{k}: {v} ({name}) is not in this version; sft is", 'The loss is planned but not there yet.', 'Supervised fine-tuning (`method: sft`) is what this version does.'),
+    ("loss_type: {l} is no loss of method: {m}, which has {names}", 'The variant belongs to another method.', 'Take one of those that are listed, or set `method`.'),
+    ("{k}: {v} has no effect with method: {m}; leave it out, or set method: {other}", 'A field of one loss stands beside another.', 'Leave it out, or set the `method` that is named.'),
+    ("load_in_{n}bit: {title} can not stand on a base in {m} bits", 'The method needs the weights themselves.', 'A whole base, or `peft: qlora`.'),
+    ("packing: true does not go with peft: {peft}", 'Virtual tokens belong to one row.', 'Leave `packing` out.'),
+    ("export_formats: {title} can not become part of the weights; set export_formats: [adapter]", 'There is nothing to merge.', 'Ship the adapter beside the base.'),
     ("{path} is there already; choose another name, or --force to write over it.", '`ftnb new` does not write over a recipe.', 'Another name, or `--force`.'),
 ],
 'Data': [
