@@ -7,7 +7,8 @@ import pytest
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 from ftnb import cli
 from ftnb.base import UserError, shipped
-from ftnb.cli import main, open_run
+from ftnb.cli import main
+from ftnb.opening import open_run
 from ftnb.fields import help_of, names, types
 from ftnb.runs import Run, begin, end, stages
 from ftnb.stages import parameters_of, plan_stages, stage_notebook, start_stage
