@@ -14,7 +14,7 @@ from .tokenizer import load_tokenizer
 
 # %% ../nbs/43a_trl_script.ipynb #6f66f431
 trl_assumes = dict(
-    packing=False, packing_strategy='bfd', num_train_epochs=3.0, max_steps=-1, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+    loss_type='nll', packing=False, packing_strategy='bfd', num_train_epochs=3.0, max_steps=-1, per_device_train_batch_size=8, gradient_accumulation_steps=1,
     lr_scheduler_type='linear', warmup_steps=0, optim='adamw_torch_fused', weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0,
     label_smoothing_factor=0.0, torch_compile=False, auto_find_batch_size=False, seed=42, full_determinism=False, dataloader_num_workers=0,
     dataloader_pin_memory=True, dataloader_persistent_workers=False, dataloader_drop_last=False, per_device_eval_batch_size=8, save_strategy='steps',
@@ -40,7 +40,7 @@ def _sampling(run):
     if r.packing: return 'random'
     if r.train_sampling_strategy!='auto': return r.train_sampling_strategy
     if rep: return rep['sampling']
-    try: from ftnb.train import sampling
+    try: from ftnb.arguments import sampling
     except ImportError: raise UserError('train_sampling_strategy: auto is decided by stage 3, which needs pip install "ftnb[train]"; set random or group_by_length.') from None
     return sampling(r, row_lengths(run))[0]
 

@@ -12,7 +12,8 @@ from ftnb.eject import eject
 from ftnb.fields import names
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
-from ftnb.train import _not_passed, _same, sampling, train, training_args
+from ftnb.arguments import _not_passed, _same, sampling, training_args
+from ftnb.train import train
 from ftnb.trl_script import row_lengths, script, trainer_values, trl_assumes, trl_values, trl_yaml
 
 TEN = dict(max_steps=10, logging_steps=1, learning_rate=1e-2)

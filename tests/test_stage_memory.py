@@ -34,14 +34,14 @@ def test_packing_makes_as_many_sequences_as_trl(seed, strategy):
 
 @pytest.mark.parametrize('by_length', [False, True])
 def test_padding_is_that_of_stage_3(by_length):
-    from ftnb.train import padding_share
+    from ftnb.arguments import padding_share
     lens = rows(7, 900)
     drawn = [padding_share(lens, 8, by_length, seed) for seed in range(1 if by_length else 40)]
     got = batches(Recipe(per_device_train_batch_size=8, max_length=512), lens, by_length)
     assert abs(got.padding-sum(drawn)/len(drawn))<.01 and got.longest==max(lens)
 
 def test_the_order_is_chosen_as_stage_3_chooses_it():
-    from ftnb.train import sampling
+    from ftnb.arguments import sampling
     for lens in (rows(1), [100]*50, [50]*40+[60]*40):
         r = Recipe(per_device_train_batch_size=8, max_length=512)
         assert abs(batches(r, lens).padding-sampling(r, lens)[1])<.02
