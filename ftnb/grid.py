@@ -77,7 +77,7 @@ def expand_sweep(
     "The recipes of a sweep by label; a `UserError` names the combination that is wrong"
     if not r.sweep: raise UserError('There is nothing to sweep: set sweep: {lora_r: [8, 32]} in the recipe, or --over lora_r=8,32.')
     for _,m in several_faults(r, names): raise UserError(f'{m}.')
-    sweep, base = {k: [coerce(k, v, f'sweep: {k}: ') for v in vs] for k,vs in r.sweep.items()}, {k: v for k,v in to_dict(r).items() if k!='sweep'}
+    sweep, base = {k: [coerce(k, v, f'sweep: {k}: ') for v in vs] for k,vs in r.sweep.items()}, {k: v for k,v in to_dict(r).items() if k not in ('sweep', 'output_dir', 'run_name')}
     out, seen = {}, {}
     for c in combinations(sweep, random_n, r.seed):
         said = ', '.join(f'{k}={_word(v)}' for k,v in c.items())
