@@ -18,6 +18,7 @@ from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype
 from .loss import is_plain, parts, selected_loss
 from .runs import Run, run_folder
+from .several import adapter_folder
 from .tokenizer import load_tokenizer, run_tokenizer
 
 # %% ../nbs/35_generate.ipynb #02f94796
@@ -54,6 +55,7 @@ def answers(
     max_new_tokens:int=256, # Tokens of an answer at most
     batch_size:int=8, # Prompts at once
     progress=None, # Called with the number of finished answers
+    adapters:list=None, # Name of the adapter that answers each prompt, `__base__` for none, where the model carries several
 )->list: # One text per prompt, in their order, without special tokens
     "The model's answers; greedy unless the recipe samples"
     r = r or Recipe()
@@ -67,7 +69,8 @@ def answers(
         n = max(len(prompts[i]) for i in idx)
         ids = torch.tensor([[tokenizer.pad_token_id]*(n-len(prompts[i]))+list(prompts[i]) for i in idx], device=model.device)
         mask = torch.tensor([[0]*(n-len(prompts[i]))+[1]*len(prompts[i]) for i in idx], device=model.device)
-        with torch.inference_mode(), whole_rows(model): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, n:]
+        mixed = {} if adapters is None else dict(adapter_names=[adapters[i] for i in idx])
+        with torch.inference_mode(), whole_rows(model): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **mixed)[:, n:]
         for i,t in zip(idx, tokenizer.batch_decode(new, skip_special_tokens=True)): out[i] = t
         if progress: progress(len(out))
     return [out[i] for i in range(len(prompts))]
@@ -106,11 +109,11 @@ class Pair:
     "Base and tuned model of a run; `with pair.using('base') as model:`"
     def __init__(self, run:Run, which:str='both'):
         self.run, r = run, run.recipe
-        adapter, full = run.path('adapter'), run.path('model')
+        adapter, full = adapter_folder(run.folder), run.path('model')
         self.tok = run_tokenizer(run)
         self.full = r.peft=='full'
         dtype = pick_dtype(r)
-        if which!='base' and not (full if self.full else adapter/'adapter_config.json').exists():
+        if which!='base' and not (full.exists() if self.full else adapter):
             raise UserError(f'{run.name} has no trained {"model" if self.full else "adapter"}; run stage 3 first: ftnb run {run.name} --to train.')
         if self.full:
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok) if which!='tuned' else None
@@ -149,6 +152,12 @@ def system_of(run:Run)->str:
 def load(
     run, # A `Run`, its name or its folder
     which:str='both', # both, base or tuned: what is loaded
-)->Pair:
+    adapter:str=None, # Another adapter in the run's folder than its own
+): # A `Pair`; an `Adapters` for a group of tasks, or where an adapter is named
     "The models of a run, ready to chat"
-    return Pair(run if isinstance(run, Run) else Run(run_folder(run)), which)
+    run = run if isinstance(run, Run) else Run(run_folder(run))
+    if adapter is None and not (run.recipe.tasks or adapter_folder(run.folder) is None and run.path('adapters').exists()): return Pair(run, which)
+    from ftnb.shelf import Adapters
+    have = Adapters(run)
+    if adapter: have.use(adapter)
+    return have

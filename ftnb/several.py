@@ -38,7 +38,7 @@ def new_name(
 )->str: # The same
     "`name` if an adapter can be called so; a `UserError` if not"
     if not re.fullmatch(r'[A-Za-z][A-Za-z0-9_-]*', str(name)): raise UserError(f'{name!r} is no name for an adapter: letters, digits, - and _, beginning with a letter.')
-    if name in _taken: raise UserError(f'{name!r} is a name that PyTorch or ftnb keeps for itself; call the adapter {name}_1, for example.')
+    if name in _taken or name.startswith('register_'): raise UserError(f'{name!r} is a name that PyTorch or ftnb keeps for itself; call the adapter {name}_1, for example.')
     if name in have: raise UserError(f'There is an adapter {name!r} already; delete it first, or take another name.')
     return name
 
