@@ -157,6 +157,23 @@ class Encoded:
 
     @property
     def trained(self)->int: return sum(l!=-100 for l in self.labels)
+    @property
+    def size(self)->int: return len(self.input_ids)
+    @property
+    def tokens(self)->int: return len(self.input_ids)
+    @property
+    def columns(self)->dict:
+        "What is written of it"
+        return dict(input_ids=self.input_ids, labels=self.labels)
+    def lost(self, n:int)->int:
+        "Trained tokens beyond a length of `n`"
+        return sum(l!=-100 for l in self.labels[n:])
+    def empty(self, n:int)->bool:
+        "Whether nothing is left to learn within `n` tokens"
+        return all(l==-100 for l in self.labels[:n])
+    def cut(self, n:int):
+        "The same within `n` tokens"
+        return Encoded(self.input_ids[:n], self.labels[:n], self.ends)
 
 def encode(
     tokenizer,

@@ -29,12 +29,14 @@ def think_facts(
     tokenizer, # A Hugging Face tokenizer with a template
     rec:dict, # A record in normal form
     think:str='keep', # As in `encode`
+    last:bool=False, # Look at the last answer only
 )->ThinkFacts:
     "What the template does to the thoughts of a row"
     if 'text' in rec: return ThinkFacts()
     ms = strip_thoughts(rec['messages']) if think=='strip' else rec['messages']
     text, spans, _ = assistant_spans(tokenizer, ms, rec.get('tools'))
     answers = [m for m in ms if m['role']=='assistant']
+    if last: answers, spans = answers[-1:], spans[-1:]
     brought = [_thought_of(m) for m in answers]
     dropped = sum(bool(t) and t not in text[max(0, s-len(t)-20):e] for t,(s,e) in zip(brought, spans))
     empty = 0 if think=='ignore_empty' else sum(after_empty(text, s)>s for s,_ in spans)
