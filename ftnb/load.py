@@ -119,8 +119,14 @@ def load_model(
         raise
     return model
 
-def fit_vocabulary(model, tokenizer):
-    "`model` with an embedding row for every token, when the tokenizer got new ones"
-    if len(tokenizer)>model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
+def fit_vocabulary(
+    model, # As `load_model` gives it
+    tokenizer, # As `load_tokenizer` gives it
+):
+    "`model` with an embedding row for every token; new rows are as transformers makes them, the mean of the others, and the same each time"
+    if len(tokenizer)>model.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng([model.device] if model.device.type=='cuda' else []):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

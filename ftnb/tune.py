@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from .base import UserError, nearest
 from .fields import Recipe
+from .full import make_full, token_rows
 
 # %% ../nbs/31_tune.ipynb #c26ab01c
 def linear_names(model)->list:
@@ -31,7 +32,7 @@ def lora_config(
         if not any(n.split('.')[-1]==t for n,_ in model.named_modules()): raise UserError(f'lora_modules_to_save: the model has no module {t!r}.{nearest(t, ["lm_head", "embed_tokens", *have])}')
     return LoraConfig(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, target_modules=want, bias=r.lora_bias, modules_to_save=r.lora_modules_to_save,
         use_rslora=r.use_rslora, use_dora=r.use_dora, init_lora_weights=r.init_lora_weights, layers_to_transform=r.layers_to_transform, layers_pattern=r.layers_pattern,
-        rank_pattern=r.rank_pattern or {}, alpha_pattern=r.alpha_pattern or {}, task_type='CAUSAL_LM')
+        rank_pattern=r.rank_pattern or {}, alpha_pattern=r.alpha_pattern or {}, trainable_token_indices=token_rows(model, r), task_type='CAUSAL_LM')
 
 # %% ../nbs/31_tune.ipynb #a996a538
 def make_trainable(
@@ -40,9 +41,7 @@ def make_trainable(
 ):
     "`model` with what the recipe trains set trainable: an adapter around it, or all of it"
     model.config.use_cache = False
-    if r.peft=='full':
-        model.requires_grad_(True)
-        return model
+    if r.peft=='full': return make_full(model, r)
     config = lora_config(r, model)
     for m in model.modules():
         if type(m).__name__=='Linear4bit': m.support_avx512bf16_for_cpu = False # its packed form, made by any evaluation, passes no gradient back
