@@ -45,7 +45,7 @@ def quantised(
     arch:Arch, # The model
 )->list: # Of `Module`
     "The modules whose weights 4-bit and 8-bit loading shrinks"
-    return [m for m in arch.modules() if m.kind=='linear' and m.path!='lm_head' and arch.model_type!='falcon']
+    return [m for m in arch.modules() if m.kind=='linear' and m.path!='lm_head']
 
 # %% ../nbs/16_memory.ipynb #91833788
 def _base_bytes(arch:Arch, size:int, bits:int, double_quant:bool)->int:
@@ -131,11 +131,9 @@ class Estimate:
 # %% ../nbs/16_memory.ipynb #c16eedc3
 def _notes(arch:Arch, size:int, bits:int, optim:str)->tuple:
     "What a plan should say aloud"
-    stay = sum(m.params for m in arch.modules() if m.kind=='experts') if arch.experts else arch.params
-    res = []
-    if bits<16 and (arch.experts or not quantised(arch)):
-        what = 'The fused experts' if arch.experts else f'The layers of {arch.model_type}'
-        res.append(f'{what} are not quantised by bitsandbytes under transformers 5: {gib(size*stay)} stay in {8*size} bits.')
+    stay, res = sum(m.params for m in arch.modules() if m.kind=='experts'), []
+    if bits<16 and stay:
+        res.append(f'The fused experts are not quantised by bitsandbytes under transformers 5: {gib(size*stay)} stay in {8*size} bits.')
     if optim.startswith('paged'): res.append('Paged optimizer states may move to the host when the device is full.')
     return tuple(res)
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .base import UserError, gib, nearest
+from .falcon import plain_layers
 from .step import Step
 
 # %% ../nbs/39a_standin.ipynb #71d220f1
@@ -83,7 +84,7 @@ def _quantise(model, step:Step):
     from transformers.quantizers.base import get_keys_to_not_convert
     config = BitsAndBytesConfig(load_in_8bit=True) if step.bits==8 else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=step.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, step.autocast or step.dtype))
-    old = dict(model.named_modules())
+    old = dict(plain_layers(model).named_modules())
     with unset_fake_temporarily(): replace_with_bnb_linear(model, get_keys_to_not_convert(model)+list(model._keep_in_fp32_modules or []), config)
     for name,m in model.named_modules():
         if not isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)): continue
