@@ -25,6 +25,7 @@ class Method:
     bits:tuple=(16, 8, 4) # Of a base that it can stand on
     packs:bool=True # Whether several rows may share a sequence
     checkpoints:bool=True # Whether activations may be recomputed
+    targets:str='linear' # What all-linear means for it: linear, ia3, writes, norms or values
 
 _arxiv = 'https://arxiv.org/abs/'
 _whole = dict(bits=(16,))
@@ -35,8 +36,8 @@ _rows = [
     Method('dora', 'DoRA', 'LoraConfig', 'lora', 'LoRA, and a magnitude for each output', _arxiv+'2402.09353', dict(use_dora=True)),
     Method('rslora', 'rsLoRA', 'LoraConfig', 'lora', 'LoRA scaled by alpha / sqrt(r)', _arxiv+'2312.03732', dict(use_rslora=True)),
     Method('adalora', 'AdaLoRA', 'AdaLoraConfig', 'lora', 'three factors beside a linear layer, whose ranks are cut back while it trains', _arxiv+'2303.10512'),
-    Method('ia3', 'IA3', 'IA3Config', 'layer', 'a vector that scales keys, values and the inner MLP', _arxiv+'2205.05638'),
-    Method('bottleneck', 'Bottleneck adapter', 'BottleneckConfig', 'layer', 'a small MLP with a residual behind attention and MLP', _arxiv+'1902.00751', merges=False),
+    Method('ia3', 'IA3', 'IA3Config', 'layer', 'a vector that scales keys, values and the inner MLP', _arxiv+'2205.05638', targets='ia3'),
+    Method('bottleneck', 'Bottleneck adapter', 'BottleneckConfig', 'layer', 'a small MLP with a residual behind attention and MLP', _arxiv+'1902.00751', merges=False, targets='writes'),
     Method('vera', 'VeRA', 'VeraConfig', 'layer', 'two vectors around random matrices that all layers share', _arxiv+'2310.11454'),
     Method('oft', 'OFT', 'OFTConfig', 'layer', 'a block-diagonal rotation of the input', _arxiv+'2306.07280'),
     Method('boft', 'BOFT', 'BOFTConfig', 'layer', 'a product of sparse rotations of the output', _arxiv+'2311.06243', **_whole),
@@ -54,7 +55,7 @@ _rows = [
     Method('delora', 'DeLoRA', 'DeloraConfig', 'layer', 'LoRA with its strength and its direction apart', _arxiv+'2503.18225', **_whole),
     Method('gralora', 'GraLoRA', 'GraloraConfig', 'layer', 'LoRA for each block of a layer\'s matrix', _arxiv+'2505.20355', **_whole),
     Method('hira', 'HiRA', 'HiraConfig', 'layer', 'the base\'s weights times a low-rank update', 'https://openreview.net/forum?id=TwJrTz9cRS', **_whole),
-    Method('ln_tuning', 'LN tuning', 'LNTuningConfig', 'norm', 'nothing: the norms are trained', _arxiv+'2312.11420'),
+    Method('ln_tuning', 'LN tuning', 'LNTuningConfig', 'norm', 'nothing: the norms are trained', _arxiv+'2312.11420', targets='norms'),
     Method('prompt', 'Prompt tuning', 'PromptTuningConfig', 'prompt', 'virtual tokens before the sequence', _arxiv+'2104.08691', merges=False, packs=False),
     Method('ptuning', 'P-tuning', 'PromptEncoderConfig', 'prompt', 'virtual tokens from a small network', _arxiv+'2103.10385', merges=False, packs=False),
     Method('prefix', 'Prefix tuning', 'PrefixTuningConfig', 'prompt', 'keys and values before those of every layer', _arxiv+'2101.00190', merges=False, packs=False, checkpoints=False),
