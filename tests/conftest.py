@@ -18,7 +18,7 @@ def make_tiny(folder, kind='llama', **more):
     tok = AutoTokenizer.from_pretrained(model_path('smollm2-135m'))
     head = dict(head_dim=8) if kind=='gemma2' else {}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=len(tok), tie_word_embeddings=True, pad_token_id=0, **{**TINY, **head, **more})
+    config = AutoConfig.for_model(kind, vocab_size=len(tok), pad_token_id=0, **{'tie_word_embeddings': True, **TINY, **head, **more})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tok.save_pretrained(folder)
     return str(folder)
