@@ -14,9 +14,9 @@ from itertools import chain, islice
 from .base import UserError
 from .credentials import kinds
 from .ledger import Ledger, assign, drop_leaked, drop_same, limit_train
-from .near import NearDuplicates, find_leaks, join_pairs, text_key
+from .near import NearDuplicates, find_leaks, jaccard, join_pairs, shingles, terms, text_key
 from .privacy import find, policy, texts
-from .quality import conversation, question
+from .quality import answers, conversation, opposite, question
 from .records import RowFault, apply_mapping, normalise, recognise, shape_of
 from .sources import find_sources, read_rows
 
@@ -49,13 +49,23 @@ def _record(raw, shape, s, recipe, got):
     got.masked += new is not rec and any(kinds[k][0]=='secret' for k in counts)
     return (new, None) if reason is None else ({}, reason) # what was found must not reach the file
 
+def _contradict(rows, i, rec, seen):
+    "Set aside the rows that judge the same answers both ways round; `seen` is what was said before, by key"
+    if not (said := opposite(rec)): return
+    key, way = said
+    was = seen.setdefault(key, i<<1 | way)
+    if was<0 or was&1!=way:
+        j = (was if was>=0 else ~was)>>1
+        for a,b in ((i, j), (j, i)): rows.put_aside(a, f'contradicts {rows.short(b)}: the same answers, judged the other way round')
+        seen[key] = ~was if was>=0 else was
+
 def take_in(
     recipe, # A `Recipe`
     rows:Ledger,
     limit:int=None, # Read at most so many rows of each source
 )->Intake:
     "Read all sources of a recipe into the ledger; a `UserError` if one holds nothing that can be used"
-    got = Intake()
+    got, seen = Intake(), {}
     for s in find_sources(recipe.dataset, recipe.mapping):
         raws = read_rows(s, recipe.dataset_config, recipe.dataset_train_split)
         if limit: raws = islice(raws, limit)
@@ -69,7 +79,8 @@ def take_in(
             rec, reason = _one(raw, shape, s, recipe, got)
             if reason is None and s.weight<1 and rng.random()>=s.weight: reason = f'not drawn (weight {s.weight})'
             keys = (0, 0) if reason else (text_key(conversation(rec)), text_key(question(rec)))
-            rows.add(raw.file, raw.line, rec, reason, raw.split, *keys, max(1, round(s.weight)))
+            i = rows.add(raw.file, raw.line, rec, reason, raw.split, *keys, max(1, round(s.weight)))
+            if not reason: _contradict(rows, i, rec, seen)
     return got
 
 # %% ../nbs/28a_intake.ipynb #9fcc1a6c
@@ -101,6 +112,16 @@ def near_notes(
     "What the near rows of a training set deserve, for the quality report"
     return [dict(check='near', verdict='warn', text=f'{near["extra_rows"]:,} rows ask almost the same as an earlier one; near_duplicates: drop keeps the first of each group')] if near['share']>.02 else []
 
+def _answered_alike(rows, rec, near, threshold):
+    "The near rows whose answers are near, too, and judged alike; only the first few are looked at"
+    mine = terms(answers(rec))
+    own = set(shingles(mine))
+    def alike(j):
+        other = rows.record(j)
+        ws = terms(answers(other))
+        return rec.get('label')==other.get('label') and (mine==ws or len(own)>2 and jaccard(own, set(shingles(ws)))>=threshold)
+    return [(j, s) for j,s in near[:8] if alike(j)]
+
 def sift_near(
     rows:Ledger,
     recipe, # Its near_duplicates, near_duplicate_threshold, eval_prompts and seed
@@ -116,7 +137,9 @@ def sift_near(
         q = question(rec)
         if prompts and (hit := asked.query(q)): rows.put_aside(i, f'leaked: it asks an evaluation prompt, {prompts[hit[0][0]][0]}'); continue
         n += 1
-        if not (near := train.add(i, q)): continue
+        near = train.add(i, q)
+        if 'prompt' in rec: near = _answered_alike(rows, rec, near, recipe.near_duplicate_threshold)
+        if not near: continue
         (j, s), *_ = near
         pairs.append((j, i)); same += s==1
         if s<1 and len(examples)<5: examples.append((j, i, s))

@@ -136,6 +136,16 @@ def _reads(row, name):
     try: normalise(row, name)
     except RowFault as e: return str(e)
 
+def _pairable(rows, where):
+    "How to make pairs of labelled answers, if some prompt has both kinds"
+    asked = {}
+    for r in rows:
+        if not _reads(r, 'kto'):
+            rec = normalise(r, 'kto')
+            asked.setdefault(str(rec['prompt']), set()).add(rec['label'])
+    n = sum(len(o)==2 for o in asked.values())
+    return f', or make pairs of them ({n} of {len(asked)} prompts looked at have a wanted and an unwanted answer): ftnb.pairs.pair_file({where.split("/")[-1]!r}, "pairs.jsonl")' if n else ''
+
 def recognise(
     rows:list, # The first raw rows of a file
     where:str, # The file, for messages
@@ -148,15 +158,16 @@ def recognise(
     if not cols: raise UserError(f'{where}, line 1: the rows have no columns; write one JSON object per line, such as {{"prompt": ..., "completion": ...}}.')
     if not name:
         raise UserError(f'{where}: can not tell question from answer in the columns {", ".join(map(repr, cols))}; say which is which, such as {_mapping(method, cols)}.')
-    fits = {'sft': (*makers, 'text'), 'kto': ('kto',)}.get(method, ('preference',))
+    fits = {'sft': (*makers, 'text'), 'kto': ('kto', 'preference')}.get(method, ('preference',))
     mine = [r for r in rows if shape_of(r)==name]
     if name not in fits:
-        if method!='sft': raise UserError(f'{where}: holds {name}, and method: {method} trains on '+('labelled answers (prompt, completion, label)' if method=='kto' else 'preference pairs (prompt, chosen, rejected)')
-            + f'; set method: {dict(preference="dpo", kto="kto").get(name, "sft")}'+(f', or say which column is which with {_mapping(method, cols)}.' if len(cols)>2 else '.'))
+        if method!='sft': raise UserError(f'{where}: holds {name}, and method: {method} trains on '+('labelled answers (prompt, completion, label) or preference pairs' if method=='kto' else 'preference pairs (prompt, chosen, rejected)')
+            + f'; set method: {"kto" if name=="kto" else "sft"}'+(_pairable(mine, where) if name=='kto' else '')+(f', or say which column is which with {_mapping(method, cols)}.' if len(cols)>2 else '.'))
         what = 'preference pairs (chosen and rejected)' if name=='preference' else 'answers with a label, wanted or not (KTO)'
         raise UserError(f'{where}: holds {what}, which method: sft does not train on; set method: {"dpo" if name=="preference" else "kto"}, '
             f'or {"for the chosen answers only" if name=="preference" else "for all answers, wanted or not,"} set {_as_sft(mine, name)}.')
     sure, why, offer = _judge(mine, name)
+    if method=='kto' and name=='preference': why.append('each pair is trained on as two answers, one wanted and one not')
     faults = Counter(w for r in mine if (w := _reads(r, name)))
     if faults: why.append(f'{sum(faults.values())} of {len(mine)} rows looked at can not be used, most for: {faults.most_common(1)[0][0]}')
     if n<len(rows): why.append(f'{len(rows)-n} of {len(rows)} rows are {" or ".join(s or "of unknown columns" for s in shapes if s!=name)}')

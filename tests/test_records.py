@@ -156,8 +156,13 @@ def test_a_method_refuses_the_shapes_it_does_not_train_on():
         m = {k.strip(): v.strip() for k,v in (o.split(':') for o in re.search(r'mapping: \{(.*)\}', text)[1].split(','))}
         assert form(apply_mapping(row, m))==tell(Q, B), m
     refused(lambda: recognise([tell(Q, A)], 'a.jsonl', 'dpo'), 'holds messages', 'preference pairs', 'set method: sft')
-    refused(lambda: recognise([PAIRS['explicit']], 'a.jsonl', 'kto'), 'holds preference', 'set method: dpo')
+    refused(lambda: recognise([tell(Q, A)], 'a.jsonl', 'kto'), 'holds messages', 'labelled answers', 'set method: sft')
     refused(lambda: recognise([KTO['trl']], 'a.jsonl', 'dpo'), 'holds kto', 'set method: kto')
+    assert 'two answers, one wanted and one not' in recognise([PAIRS['explicit']], 'a.jsonl', 'kto').reason
+
+def test_labelled_answers_that_could_be_paired_are_offered_as_pairs():
+    rows = [dict(prompt=f'{i//2}?', completion=f'{i}', label=i%2==0) for i in range(8)]+[dict(prompt='alone', completion='x', label=True)]
+    refused(lambda: recognise(rows, 'a.jsonl', 'orpo'), 'holds kto', 'preference pairs', '4 of 5 prompts', 'ftnb.pairs.pair_file')
 
 def test_unknown_columns_name_the_line_to_write_for_the_method():
     row = dict(frage='a', gut='b', schlecht='c')
