@@ -114,7 +114,7 @@ def plan_all(
     rows += [dict(run=k, verdict=': '.join(s.failed[k])) for k in s.failed if k not in s.plans]
     going = [p for k,p in s.plans.items() if k not in s.failed]
     t = sum(p['seconds'][1] for p in going if p['seconds'])
-    return Table(rows, cols=['run', 'steps', 'memory', 'time', 'verdict'], title=f'{len(s.recipes)} runs, {sum(p["steps"] for p in going):,} steps of training'+(f', about {duration(t)}' if t else '')+(f'; {len(s.recipes)-len(going)} of them can not run' if len(going)<len(s.recipes) else ''))
+    return Table(rows, cols=['run', 'steps', 'memory', 'time', 'verdict'], title=f'{len(s.recipes)} runs, '+(f'{n:,} steps of training' if (n := sum(p["steps"] for p in going)) else 'whose steps and time are known after stage 1')+(f', about {duration(t)}' if t else '')+(f'; {len(s.recipes)-len(going)} of them can not run' if len(going)<len(s.recipes) else ''))
 
 # %% ../nbs/45b_sweep.ipynb #361c37f5
 def save_sweep(s:Sweep, by:str=None)->Ranking:
