@@ -155,14 +155,15 @@ class Change:
 
 def _ways(s, half):
     "Changes that save memory: name, fields of the step, fields of the recipe, note"
-    full, gpu = s.peft=='full', s.device=='cuda'
+    full, gpu, shared = s.peft=='full', s.device=='cuda', dict(reference='shared') if s.reference=='copy' else {}
     return [w for on,*w in [
+        (s.reference=='copy', 'reference', dict(reference='none'), dict(precompute_ref_log_probs=True), 'the reference is asked once, before training'),
         (s.attn=='eager', 'attention', dict(attn='sdpa'), dict(attn_implementation='sdpa'), ''),
         (not s.activation_checkpointing, 'checkpointing', dict(activation_checkpointing=True), dict(activation_checkpointing=True), ''),
         (full and s.optim.startswith('adamw_torch') and gpu, 'optimizer', dict(optim='adamw_8bit'), dict(optim='adamw_8bit'), 'optimizer states in 8 bits'),
         (s.dtype=='float32' and gpu, 'weights', dict(dtype=half, autocast=half), dict(dtype=half), 'weights in 16 bits'+(', which small updates may not reach' if full else '')),
-        (full, 'adapters', dict(peft='lora', dtype=half if gpu else s.dtype), dict(peft='lora'), 'adapters are trained, not the model'),
-        (s.bits==16 and gpu, 'bits', dict(peft='lora', bits=4, dtype=half, autocast=half), dict(peft='qlora'), 'the base in 4 bits')] if on]
+        (full, 'adapters', dict(peft='lora', dtype=half if gpu else s.dtype, **shared), dict(peft='lora'), 'adapters are trained, not the model'),
+        (s.bits==16 and gpu, 'bits', dict(peft='lora', bits=4, dtype=half, autocast=half, **shared), dict(peft='qlora'), 'the base in 4 bits')] if on]
 
 def _pace(s, d):
     "Seconds a token, or operations where the device has no rates"
@@ -170,7 +171,7 @@ def _pace(s, d):
 
 def _combos(ways):
     "Sets of changes, small ones first; adapters decide about optimizer and type of the weights themselves"
-    clash = [{'adapters', 'bits'}, {'weights', 'bits'}, {'weights', 'adapters'}, {'optimizer', 'bits'}, {'optimizer', 'adapters'}]
+    clash = [{'adapters', 'bits'}, {'reference', 'adapters'}, {'reference', 'bits'}, {'weights', 'bits'}, {'weights', 'adapters'}, {'optimizer', 'bits'}, {'optimizer', 'adapters'}]
     for k in range(len(ways)+1):
         for c in combinations(ways, k):
             if not any(x<={w[0] for w in c} for x in clash): yield c

@@ -78,11 +78,11 @@ def flops(
     arch = Arch.read(s.config)
     blocks, head, down, first = _matmul_weights(arch)
     length = s.length+(s.num_virtual_tokens if s.peft=='prompt' else 0)
-    n, added = s.batch*length, _added(s, arch)
+    n, added = s.sequences*length, _added(s, arch)
     labelled = n if s.loss=='full' else n*s.trained_share
     w = arch.sliding_window
     skips = s.attn=='flash_attention_2' or (s.attn=='sdpa' and not s.padded and not s.packed and not (w and w<length))
-    attention = 4*arch.layers*arch.heads*arch.head_dim*s.batch*seen_pairs(arch, length, skips)
+    attention = 4*arch.layers*arch.heads*arch.head_dim*s.sequences*seen_pairs(arch, length, skips)
     whole, twice = s.peft=='full', s.activation_checkpointing
     again = (2*n*(blocks+added-down*whole)+attention)*twice+2*labelled*head*(s.loss!='full')+attention/2*(s.attn!='eager')
     back = 2*n*(blocks+added-first*(not whole and not twice))+2*labelled*head+2*attention
@@ -156,7 +156,8 @@ def step_time(
     "Seconds of one forward and backward pass on a device, with the band of the prior; a `UserError` for a device without rates"
     d, arch = device(d), Arch.read(s.config)
     if not d.flops or not d.bandwidth: raise UserError(f'gpu: the speed of {d.name} is not in the table, so its time can not be told before the run. Known: see devices_table(); after 20 steps the run tells it.')
-    ops = flops(s).forward if forward_only else flops(s).total
+    f = flops(s)
+    ops = (f.forward if forward_only else f.total)+s.asks*f.forward
     t = _seconds(ops, utilisation(s, arch), d)
     f, why = _band(s, arch, d)
     return Time(t, t/f, t*f, notes=why)

@@ -11,12 +11,13 @@ from dataclasses import replace
 from .arch import Arch
 from .attention import norm
 from .base import UserError, gib
-from .head import full, fused, selected
+from .head import full, fused, odds, selected
 from .layer import block
 from .linear import Run
-from .memory import itemsize, optimizer_bytes, quantised
+from .memory import itemsize, optimizer_bytes
 from .ops import add, cast, cat, dropout, matmul, one
 from .paper import Paper, rounded
+from .reference import reference_bytes
 from .step import Forecast, Step, owners, phases
 from .tape import ACT, GRAD, WORK, Leaf, Port, T, Tape, own, unit
 
@@ -50,7 +51,7 @@ def picked(
 def masks_of(s:Step, arch:Arch, t:Tape, size:int, some:list, rows:int)->dict: # window or not -> mask
     "The masks of a step"
     past = s.num_virtual_tokens if s.peft=='prefix' else 0
-    n = (s.batch if s.padded or s.packed else 1)*rows*(rows+past)
+    n = (s.sequences if s.padded or s.packed else 1)*rows*(rows+past)
     if s.attn=='flash_attention_2': return {}
     if s.attn=='eager': return {w: t.new(n, size) for w in sorted(set(some) | ({False, True} if arch.model_type.startswith('gemma') and True in some else set()))}
     always = s.padded or s.packed or past or arch.model_type=='falcon'
@@ -62,7 +63,7 @@ def run_of(s:Step, arch:Arch, t:Tape)->Run:
     auto = s.autocast and itemsize[s.autocast]
     turned = (c.get('rope_parameters') or {}).get('partial_rotary_factor') or c.get('partial_rotary_factor') or (.5 if kind=='phi' else 1.)
     rows = s.length+(s.num_virtual_tokens if s.peft=='prompt' else 0)
-    return Run(t, arch, s.batch, rows, auto, auto or itemsize[s.dtype], s.autocast=='float16' or s.dtype=='float16', s.attn, s.device=='cuda', rotary=turned, padded=s.padded,
+    return Run(t, arch, s.sequences, rows, auto, auto or itemsize[s.dtype], s.autocast=='float16' or s.dtype=='float16', s.attn, s.device=='cuda', rotary=turned, padded=s.padded,
         act=c.get('hidden_act') or c.get('hidden_activation') or {'phi': 'gelu_new'}.get(kind, 'silu'), attn_dropout=c.get('attention_dropout') or 0., resid_dropout=c.get('resid_pdrop') or 0.,
         softcap=bool(c.get('attn_logit_softcapping', 50. if kind=='gemma2' else None)), grouped_heads=bool(c.get('new_decoder_architecture')))
 
@@ -81,7 +82,7 @@ def embed(c:Run, p:Paper, s:Step)->T:
     if a.model_type=='granite': h = one(t, h)
     if s.peft=='prompt':
         e = p.W['prompt_encoder']
-        h = cat(t, cast(t, t.op(lambda: [t.new(s.batch*e.n, e.size)], (e,), lambda t, g: [t.new(e.n, e.size, GRAD)]), h.size), h)
+        h = cat(t, cast(t, t.op(lambda: [t.new(s.sequences*e.n, e.size)], (e,), lambda t, g: [t.new(e.n, e.size, GRAD)]), h.size), h)
     return dropout(t, h, s.config.get('embd_pdrop') or 0.)
 
 def _lora_rows(t:Tape, n:int, H:int, a:T, b:T)->T:
@@ -93,7 +94,7 @@ def _prefix(c:Run, p:Paper, s:Step, size:int, deep:int)->list:
     "Keys and values of the prefix, by block that is walked"
     if s.peft!='prefix': return []
     t, e = c.t, p.W['prompt_encoder']
-    x = cast(t, t.op(lambda: [t.new(s.batch*e.n, e.size)], (e,), lambda t, g: [t.new(e.n, e.size, GRAD)]), size)
+    x = cast(t, t.op(lambda: [t.new(s.sequences*e.n, e.size)], (e,), lambda t, g: [t.new(e.n, e.size, GRAD)]), size)
     n = x.n
     node = t.node((x,), lambda t, g: [t.new(n, size)])
     return [T(x.buf, n//deep, size, Port(node, i)) for i in range(c.arch.layers)]
@@ -119,7 +120,7 @@ def walk(
     first = h = embed(c, p, s)
     places = t.new(c.length, 8)
     masks = masks_of(s, arch, t, size, some, c.length)
-    n = int((s.batch if s.packed else 1)*c.length*arch.head_dim*c.rotary)
+    n = int((s.sequences if s.packed else 1)*c.length*arch.head_dim*c.rotary)
     c.cos, c.sin = t.new(n, h.size), t.new(n, h.size)
     kv = _prefix(c, p, s, itemsize[s.dtype], deep)
     again = None if not s.activation_checkpointing or s.peft=='prefix' else t.checkpoint if s.era=='1.16' else t.reentrant
@@ -135,7 +136,7 @@ def walk(
     t.at('head')
     head, share = p.W['lm_head'], s.trained_share*s.length/c.length
     cap = s.config.get('final_logit_softcapping', 30. if arch.model_type=='gemma2' else None)
-    loss = full(c, h, head, s.era, bool(cap), arch.model_type=='granite') if s.loss=='full' else (fused if s.loss=='fused' else selected)(c, h, head, share)
+    loss = odds(c, h, head) if s.loss=='odds' else full(c, h, head, s.era, bool(cap), arch.model_type=='granite') if s.loss=='full' else (fused if s.loss=='fused' else selected)(c, h, head, share)
     del h, kv, places
     c.mask = c.cos = c.sin = None
     masks.clear()
@@ -160,9 +161,9 @@ def _scratch(s:Step, tensors:list, every:int)->int:
 def _notes(s:Step, arch:Arch)->tuple:
     "What is not as one would expect, and what is not counted"
     res = []
-    if s.bits<16 and (arch.experts or not quantised(arch)):
-        n = sum(m.params for m in arch.modules() if m.kind=='experts') if arch.experts else arch.params
-        res.append(f'bitsandbytes shrinks plain linear layers only: {gib(n*itemsize[s.dtype])} of {"fused experts" if arch.experts else arch.model_type} stay in {s.dtype}.')
+    if s.bits<16 and arch.experts:
+        n = sum(m.params for m in arch.modules() if m.kind=='experts')
+        res.append(f'bitsandbytes shrinks plain linear layers only: {gib(n*itemsize[s.dtype])} of fused experts stay in {s.dtype}.')
     if s.length>arch.max_position_embeddings: res.append(f'max_length: {s.length:,} is over the {arch.max_position_embeddings:,} positions of the model.')
     if arch.model_type=='gemma2' and s.attn=='sdpa' and s.config.get('attn_logit_softcapping', 50.): res.append('transformers does not run gemma2 with sdpa, which has no soft capping; set attn_implementation: eager.')
     if arch.model_type=='falcon' and s.attn!='sdpa': res.append(f"Falcon's own code for {s.attn} is counted as that of the other models.")
@@ -170,6 +171,7 @@ def _notes(s:Step, arch:Arch)->tuple:
     if s.peft=='prefix' and s.activation_checkpointing: res.append('PEFT runs prefix tuning without activation checkpointing only; it is counted so.')
     if s.dtype=='float32' and s.peft!='full' and s.autocast: res.append('The frozen weights are in float32 and cast anew in each product; dtype: bfloat16 halves them.')
     if s.bits==8 and s.activation_checkpointing and s.era=='1.16': res.append('8-bit layers keep their input where checkpointing does not see it; 4 bits keep none.')
+    if s.reference=='copy': res.append('Without an adapter the reference is a second model in memory; precompute_ref_log_probs: true asks it before training instead.')
     if s.optim.startswith('paged'): res.append('Paged optimizer states are counted on the device; they move to RAM when it is full.')
     if s.device=='cuda': res.append('Not counted: the CUDA context, and memory inside kernels.')
     return tuple(res)
@@ -205,6 +207,11 @@ def _windows(t:Tape, more:dict, last:int, again:bool)->dict: # phase -> (bytes, 
         if n>res.get(p, (-1,))[0]: res[p] = n, by
     return res
 
+def _asking(t:Tape, more:dict, asked:int)->tuple:
+    "(bytes, by owner) while the reference answers: the graph is held, its loss is not there yet"
+    n = t.entered['loss', 'head'][0]+_extra(t, more, False)[0]
+    return n+asked, [n, 0, asked, 0]
+
 def _one_by_one(s:Step)->bool:
     "Whether layers are named by their path, so that blocks may differ"
     names = s.lora_target_modules
@@ -230,6 +237,9 @@ def forecast(
     grads = sum(rounded(x.params*b)*k for x,b,k in tensors)
     there, scratch = grads if s.accumulates else 0, _scratch(s, tensors, grads)
     windows = _windows(t, more, len(pick)-1, s.activation_checkpointing)
+    copy, asked = reference_bytes(s, arch, p.z['base'])
+    if s.asks: windows['loss'] = max(windows['loss'], _asking(t, more, asked))
+    frozen += copy
     windows['optimizer step'] = p.stays+scratch+grads-there, [p.stays, 0, scratch, grads-there]
     base = frozen+trained+states+there
     top = max(windows, key=lambda k: windows[k][0])

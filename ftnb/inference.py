@@ -26,7 +26,7 @@ def inference(
     cache:int=0, # Tokens of the cache of keys and values, prompt and answer together; 0: none
 )->Forecast:
     "Memory of a forward pass without gradients"
-    s, arch = s.but(lora_dropout=0., activation_checkpointing=False), Arch.read(s.config)
+    s, arch = s.but(method='sft', reference='none', lora_dropout=0., activation_checkpointing=False), Arch.read(s.config)
     some, full = windowed(s.config, arch), s.peft=='full'
     pick, more = picked([(i in arch.dense_layers, some[i]) for i in range(arch.layers)])
     few = replace(arch, layers=len(pick), dense_layers=tuple(j for j,i in enumerate(pick) if i in arch.dense_layers))

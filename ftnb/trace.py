@@ -20,6 +20,7 @@ from .faithful import faithful, kernels
 from .standin import alike, base_of, blocks_of, build, config_of, make_optimizer, unshrunk
 from .step import Forecast, Step, owners, phases
 from .storages import Storages
+from .trace_loss import loss_of, prepare_loss
 
 # %% ../nbs/39b_trace.ipynb #5eec25bb
 _phase = {'forward': 'forward', 'loss': 'loss', 'loss backward': 'loss', 'last layer': 'backward', 'layers': 'backward', 'first layer': 'backward', 'end of backward': 'end of backward', 'optimizer step': 'optimizer step'}
@@ -41,38 +42,6 @@ def _watch(model, layers:int, s:Storages):
     base.base_model.register_forward_hook(after_decoder)
     for i,b in enumerate(blocks_of(base, layers)): b.register_forward_pre_hook(before_layer(i), with_kwargs=True)
 
-# %% ../nbs/39b_trace.ipynb #08b70a2e
-def _copied_loss(logits, labels, vocab_size, **kwargs):
-    "The loss of transformers before 5: shifted by a copy"
-    logits = logits.float()
-    shifted, labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
-    return torch.nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels.view(-1))
-
-def _float32_loss(s:Storages):
-    "The loss up to transformers 4.45: the model's own logits are replaced by float32 ones"
-    def loss(logits, labels, vocab_size, **kwargs):
-        new = logits.float()
-        if new is not logits: s.drop(logits)
-        return _copied_loss(new, labels, vocab_size)
-    return loss
-
-def _prepare_loss(model, step:Step, s:Storages):
-    "Put the loss of a step's era on its model"
-    base = base_of(model)
-    if step.loss=='fused':
-        from trl.trainer.utils import add_fused_lm_head
-        add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
-    elif step.era!='1.16': base.loss_function = _float32_loss(s) if step.era=='4.45' else _copied_loss
-
-def _loss(model, step:Step, ids, labels, more:dict):
-    "The loss of one batch, by the path that the step takes"
-    if step.loss=='full': return model(input_ids=ids, labels=labels, **more).loss
-    n = labels.numel()
-    if step.loss=='fused': return -model(input_ids=ids, labels=labels, fused_lm_head=True, **more).log_probs.sum()/n
-    from ftnb.loss import parts, selected_loss
-    dec,head = parts(model)
-    return selected_loss(head, dec(input_ids=ids, **more).last_hidden_state, labels)[0]/n
-
 # %% ../nbs/39b_trace.ipynb #f9d832d6
 cublas_workspace = 8_519_680 # bytes: 2 of 4096 KiB and 8 of 16 KiB
 
@@ -80,9 +49,9 @@ def _run_step(model, step:Step, opt, s:Storages, first:bool):
     "One optimizer step, or the last micro batch of one"
     s.at('forward')
     if first and step.device=='cuda': s.born(cublas_workspace, 'workspace')
-    ids, labels, third = (torch.zeros(step.batch, step.length, dtype=torch.long) for _ in range(3))
+    ids, labels, third = (torch.zeros(step.sequences, step.length, dtype=torch.long) for _ in range(3))
     more = dict(use_cache=False, **(dict(attention_mask=third) if step.padded else dict(position_ids=third) if step.packed else {}))
-    with torch.autocast('cpu', dtype=getattr(torch, step.autocast)) if step.autocast else nullcontext(): loss = _loss(model, step, ids, labels, more)
+    with torch.autocast('cpu', dtype=getattr(torch, step.autocast)) if step.autocast else nullcontext(): loss = loss_of(model, step, ids, labels, more)
     s.at('loss backward')
     if first and step.device=='cuda': s.born(cublas_workspace, 'workspace')
     loss.backward()
@@ -145,6 +114,7 @@ def trace_layers(
     layers:int, # How many of the model's layers
 )->Traced:
     "The step of a model cut to so many layers, traced"
+    if step.reference=='copy': raise UserError('A reference that is a second model is not traced; its memory is known by the closed form.')
     config = config_of(step, layers).get_text_config()
     wide = {config.vocab_size, 32768 if step.loss=='fused' else config.vocab_size}
     what = f'The step of {config.model_type} with peft: {step.peft} can not be traced'
@@ -152,7 +122,7 @@ def trace_layers(
     try:
         with _undisturbed(), FakeTensorMode(allow_non_fake_inputs=True), faithful(step.device, step.packed):
             model = build(step, layers)
-            _prepare_loss(model, step, s)
+            prepare_loss(model, step, s)
             opt = make_optimizer(step, model)
             _see_model(model, s)
             _watch(model, layers, s)
@@ -181,7 +151,7 @@ _stack = ('torch', 'transformers', 'peft', 'trl', 'bitsandbytes')
 
 def _cached(step:Step, *rest)->Path:
     "Where the forecast of a step lies, for the code and the libraries of today"
-    code = [file_digest(Path(getfile(replay)).with_name(f'{m}.py')) for m in ('allocator', 'storages', 'faithful', 'standin', 'trace', 'step')]
+    code = [file_digest(Path(getfile(replay)).with_name(f'{m}.py')) for m in ('allocator', 'storages', 'faithful', 'standin', 'trace_loss', 'trace', 'step')]
     return ftnb_home()/'traces'/f'{digest([step.key, *rest, code, *(version(m) for m in _stack)])}.json'
 
 def _notes(step:Step, depths:tuple, t:Traced)->tuple:

@@ -1,6 +1,7 @@
 "The instant path against the exact one on a grid; speed, depth, and what can't be said"
 import json, os, subprocess, sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ torch = pytest.importorskip('torch')
 
 from ftnb.arch import Arch
 from ftnb.base import UserError, shipped
-from ftnb.fit import changes, fits
+from ftnb.devices import device
+from ftnb.fit import changes, fits as on_device
 from ftnb.flops import step_time
 from ftnb.forecast import forecast
 from ftnb.memory import at_least
@@ -104,7 +106,8 @@ def test_full_training_in_depth_equals_the_trace():
 def test_a_call_takes_milliseconds_not_seconds_and_loads_no_torch():
     code = '''
 import json, statistics, sys, time
-from ftnb.fit import changes, fits
+from ftnb.devices import device
+from ftnb.fit import changes, fits as on_device
 from ftnb.flops import step_time
 from ftnb.forecast import forecast
 from ftnb.recipe import make_recipe
@@ -204,16 +207,16 @@ def test_a_step_on_preferences_is_that_of_the_trace(what, model):
     assert abs(f.peak/t.peak-1)<.02, (f, t)
 
 def test_a_second_model_as_reference_is_counted_and_asking_it_before_is_offered():
-    s = Step(dict(tiny, **models['llama'][0], **models['llama'][1], num_hidden_layers=8), method='dpo', reference='copy', peft='full', dtype='float32', batch=2, length=512)
+    s = Step(dict(tiny, num_hidden_layers=8) | models['llama'][0] | models['llama'][1], method='dpo', reference='copy', peft='full', dtype='float32', batch=2, length=512)
     a, b = forecast(s), forecast(s.but(reference='none'))
     assert abs(a.by_owner['frozen weights']-4*(a.params_total))<4*a.params_total*.01 and 'frozen weights' not in b.by_owner
     assert 'precompute_ref_log_probs' in ' '.join(a.notes)
-    room = (fits(b, 'A100 80GB').need[2]+fits(a, 'A100 80GB').need[1])//2
-    ways = changes(s, f'{room/2**30:.2f}GB')
+    room = on_device(b, 'A100 80GB').need[2]*1.02
+    ways = changes(s, replace(device('A100 80GB'), memory=int(room)))
     assert any('precompute_ref_log_probs' in c.settings for c in ways), ways
 
 def test_a_recipe_of_preferences_is_forecast_with_both_answers():
-    config = dict(tiny, **models['llama'][0])
+    config = dict(tiny, **models['llama'][0], num_hidden_layers=2)
     dpo, full, kto, orpo = (step_of(make_recipe(dict(method=m, peft=p, per_device_train_batch_size=4)), config) for m,p in (('dpo', 'lora'), ('dpo', 'full'), ('kto', 'lora'), ('orpo', 'lora')))
     assert (dpo.sequences, kto.sequences, orpo.sequences)==(8, 4, 8) and (dpo.asks, kto.asks, orpo.asks)==(1, 3, 0)
     assert (dpo.reference, full.reference, orpo.reference, orpo.loss)==('shared', 'copy', 'none', 'odds')
