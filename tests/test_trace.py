@@ -153,7 +153,7 @@ def test_foreign_functions_are_put_back_also_after_an_error(monkeypatch):
     with faithful(): assert everything()!=before
     assert everything()==before
     for s in (step(bits=4), step(bits=8), step(peft='full', optim='adamw_8bit')): trace_layers(s, 1)
-    monkeypatch.setattr(ft, '_loss', lambda *a: 1/0)
+    monkeypatch.setattr(ft, 'loss_of', lambda *a: 1/0)
     with pytest.raises(ZeroDivisionError): trace_layers(step(bits=4), 1)
     assert everything()==before and not GlobalOptimManager.get_instance().pid2config
     assert dict(AttentionMaskInterface._global_mapping)==masks and dict(name2qmap)==tables
