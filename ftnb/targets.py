@@ -79,10 +79,10 @@ def family_rule(
     if l is None: raise UserError(f'lora_target_modules: what this method works on is not known for {arch.model_type}; name the layers: {", ".join(family_rule(arch, "linear"))}.')
     have = {m.name for m in mods if m.kind=='linear'}
     if rule=='ia3': names = ia3_targets.get(arch.model_type, (*l.qkv[-2:], l.down))
+    elif rule=='writes': names = (l.out, l.down)
     elif rule=='values':
         if len(l.qkv)<3: raise UserError(f'peft: beft adds a bias to the values, and {arch.model_type} has no layer of its own for them; take ia3, or name layers in lora_target_modules.')
         names = l.qkv[2:]
-    else: names = (l.out, l.down)
     return [n for n in names if n in have]
 
 # %% ../nbs/11_targets.ipynb #02a7bdfd
@@ -94,13 +94,14 @@ def resolve(
 ): # A list of names, or the expression
     "The names that `targets` stand for"
     moe = expert_names.get(arch.model_type) if experts else None
-    given = [targets] if isinstance(targets, str) and targets.lower() in ('all-linear', 'attention', 'mlp') else targets
+    given = [targets] if isinstance(targets, str) and targets.lower() in ('all-linear', 'attention', 'mlp', *(('houlsby', 'pfeiffer') if rule=='writes' else ())) else targets
     if isinstance(given, str):
         if not moe: return given
         raise UserError(f'lora_target_modules: {targets!r} is an expression, which can not be counted for {arch.model_type}. Give a list of names.')
     out, known = [], {m.name for m in arch.modules()}
     for t in given:
         if t.lower()=='all-linear': out += [*family_rule(arch, rule), *(('gate', *moe[0], moe[1]) if moe and rule=='linear' else ())]
+        elif rule=='writes' and t in ('houlsby', 'pfeiffer') and arch.layout: out += [arch.layout.out, arch.layout.down][t=='pfeiffer':]
         elif t in ('attention', 'mlp') and t not in known:
             if not (names := halves(arch, experts)[t]): raise UserError(f'lora_target_modules: {t} has no linear layers in {arch.model_type} that this method could take; name the layers: {", ".join(family_rule(arch, "linear"))}.')
             out += names
@@ -142,9 +143,12 @@ def wrapped(
 )->list: # (module, rank)
     "Every module that gets an adapter"
     mods, names, extra = arch.modules(), resolve(arch, targets, rule, experts), []
+    have = sorted({m.name for m in mods if m.kind=='linear'})
     if experts and arch.model_type in expert_names: extra, names = split_experts(arch, names, r)
     if not isinstance(names, str): names = set(names)
     if isinstance(names, str) and layers is not None: raise UserError(f'layers_to_transform: {names!r} is an expression that picks the layers already; name them in a list.')
+    for t in names if isinstance(names, set) else ():
+        if not any(matches(m, {t}) for m in mods): raise UserError(f'lora_target_modules: {t!r} is no layer of {arch.model_type}.{nearest(t, have)} Its linear layers: {", ".join(have)}.')
     skip = [re.compile(rf'(^|.*\.){s}($|\..*)') for s in saved]
     hits = [m for m in mods if matches(m, names) and not any(s.match(m.path) for s in skip) and not left_out(m, exclude, layers, pattern)]
     fine = ('norm', 'linear') if rule=='norms' else ('linear', 'embedding')
@@ -153,7 +157,6 @@ def wrapped(
     if wide := [m for m in hits if r>m.shape[-1]]:
         raise UserError(f'lora_r: {r} is over the width of {wide[0].path}, {wide[0].shape[1]}: the update would be larger than the layer. Set lora_r to {wide[0].shape[1]//2} or less.')
     if not hits and not extra:
-        have = sorted({m.name for m in mods if m.kind=='linear'})
         near = nearest(names if isinstance(names, str) else min(names, default=''), have)
         if exclude or layers is not None: near = ' lora_exclude_modules and layers_to_transform leave nothing.'
         raise UserError(f'lora_target_modules: {targets!r} is no layer of {arch.model_type}.{near} Its linear layers: {", ".join(have)}.')
