@@ -28,8 +28,7 @@ def _optim(v, c):
     if v in _own_optim: raise UserError(f'{v} is an optimizer of Axolotl; adamw_torch_fused, adamw_8bit and the others of transformers are here')
     return dict(optim=v)
 def _adapter(v, c):
-    if v not in ('lora', 'qlora'): raise UserError(f'{v} is no adapter of this version; lora and qlora are')
-    return dict(peft=v)
+    return dict(peft=str(v).replace('-', '_'))
 def _targets(v, c): return ({}, 'lora_target_linear names all of them') if c.get('lora_target_linear') else dict(lora_target_modules=v)
 def _batch(v, c):
     if not c.get('micro_batch_size') or c.get('gradient_accumulation_steps'): return {}, 'it is micro_batch_size times gradient_accumulation_steps'
@@ -77,7 +76,8 @@ _renamed = dict(
     peft_layers_to_transform='layers_to_transform', peft_layers_pattern='layers_pattern', lora_rank_pattern='rank_pattern', lora_alpha_pattern='alpha_pattern',
     lora_modules_to_save='lora_modules_to_save', default_system_message='system_prompt', wandb_name='run_name', mlflow_run_name='run_name',
     noisy_embedding_alpha='neftune_noise_alpha', gc_steps='torch_empty_cache_steps', rl_beta='beta', dpo_beta='beta', orpo_alpha='beta',
-    kto_desirable_weight='desirable_weight', kto_undesirable_weight='undesirable_weight', precompute_ref_log_probs='precompute_ref_log_probs')
+    kto_desirable_weight='desirable_weight', kto_undesirable_weight='undesirable_weight', precompute_ref_log_probs='precompute_ref_log_probs',
+    dpo_label_smoothing='label_smoothing', dpo_loss_type='loss_type', dpo_loss_weights='loss_weights', lora_model_dir='adapter_name_or_path', tokens='new_tokens', peft_trainable_token_indices='trainable_token_indices')
 
 # %% ../nbs/02d_peer_axolotl.ipynb #f1618343
 _reshaped = dict(
@@ -121,7 +121,7 @@ _needless = reasons({
 # %% ../nbs/02d_peer_axolotl.ipynb #9671c56b
 _refused = reasons({
     preference:
-        'trl dpo_use_weighting dpo_label_smoothing dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights dpo_norm_loss dpo_use_logits_to_keep '
+        'trl dpo_use_weighting dpo_use_liger_kernel dpo_padding_free dpo_norm_loss dpo_use_logits_to_keep '
         'dpo_generate_during_eval rpo_alpha simpo_gamma cpo_alpha max_prompt_len',
     'rewards are not trained here': 'reward_model process_reward_model center_rewards_coefficient num_labels ebft vllm',
     vision: 'processor_type processor_kwargs image_size image_resize_algorithm role_boundaries freeze_mm_modules',
@@ -139,15 +139,14 @@ _refused = reasons({
     'quantised training beyond 4 and 8 bits of bitsandbytes is not in this version':
         'qat quantization gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama quantize_moe_experts model_quantization_config model_quantization_config_kwargs '
         'fp8 fp8_config fp8_enable_fsdp_float8_all_gather use_onebitllms nonexpert_quantization nvfp4_merge_aware nvfp4_merge_aware_start_step',
-    _no_variant: 'peft loraplus_lr_ratio loraplus_lr_embedding mora peft_autocast_adapter_dtype qlora_sharded_model_loading',
-    'an adapter is trained from its start; merge that one into the model first': 'lora_model_dir',
-    'name the layers that get an adapter: lora_target_modules': 'peft_trainable_token_indices lora_target_parameters',
+    _no_variant: 'peft loraplus_lr_embedding mora peft_autocast_adapter_dtype qlora_sharded_model_loading',
+    'name the layers that get an adapter: lora_target_modules': 'lora_target_parameters',
     'it makes another base model; save that one first':
         'peft_layer_replication resize_token_embeddings_to_32x shrink_embeddings reinit_weights fix_untrained_tokens peft_ensure_weight_tying model_config '
         'model_kwargs overrides_of_model_config overrides_of_model_kwargs scaling_softmax scaling_softmax_factor scaling_softmax_bias fp32_norms fp32_norm_classes '
         'llama4_linearized_experts',
-    'all parameters, or an adapter on some layers': 'unfrozen_parameters',
-    'new tokens are not added here; save the model with them first': 'tokens added_tokens_overrides',
+    'set peft: full and trainable_modules, an expression for the whole name': 'unfrozen_parameters',
+    'new tokens are not added here; save the model with them first': 'added_tokens_overrides',
     'mistral-common is not used; the tokenizer of transformers is': 'tokenizer_use_mistral_common',
     'rows are checked before training, so they are not streamed; set max_train_samples':
         'pretraining_dataset streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size pretrain_multipack_attn pretraining_sample_concatenation '

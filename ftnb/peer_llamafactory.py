@@ -65,11 +65,11 @@ def _eval_dataset(key, v, conf, folder): return _dataset(key, v, conf, folder, '
 # %% ../nbs/02e_peer_llamafactory.ipynb #e7b38ed0
 def _stage(v, c):
     if v=='pt': return dict(method='sft', packing=c.get('packing') is not False, packing_strategy='wrapped'), 'rows of text: all tokens are trained'
-    if v=='dpo' and c.get('pref_loss') in ('orpo', 'simpo'): return method_of(c['pref_loss'])
+    if v=='dpo' and c.get('pref_loss') in ('orpo', 'simpo', 'ipo'): return method_of(c['pref_loss'])
     return method_of(v)
 def finetuning(v, c)->dict:
     "`peft` for a kind of tuning; a `UserError` if it is none of this version"
-    if v not in ('lora', 'full'): raise UserError(f'{v} is not in this version; lora and full are')
+    if v not in ('lora', 'full', 'oft'): raise UserError(f'{v} is not in this version; lora, oft and full are')
     return dict(peft=v)
 def _lora_target(v, c): return dict(lora_target_modules='all-linear' if v=='all' else names_list(v))
 
@@ -92,6 +92,15 @@ def _lf_template(v, c):
     return {}, 'the model\'s own chat template is taken, in training as in serving; a base model without one needs chat_template_path'
 def _pissa(v, c): return dict(init_lora_weights=f'pissa_niter_{c.get("pissa_iter", 16)}' if c.get('pissa_iter', 16)>0 else 'pissa') if v else {}
 def _samples(v, c): return ({}, 'the limit of each source') if len(names_list(c.get('dataset') or ''))>1 else dict(max_train_samples=v)
+def _pref_loss(v, c):
+    if v in ('orpo', 'simpo', 'ipo'): return {}, 'stage says it'
+    if v not in ('sigmoid', 'hinge'): raise UserError(preference)
+    return dict(loss_type=v) if v!='sigmoid' and not c.get('pref_ftx') else ({}, 'the usual loss')
+def _pref_ftx(v, c): return dict(loss_type=[c.get('pref_loss') or 'sigmoid', 'sft'], loss_weights=[1., float(v)]) if v else {}
+def _adapter(v, c):
+    if len(names_list(v))!=1: raise UserError('a run goes on from one adapter; combine several first: ftnb adapters')
+    return dict(adapter_name_or_path=names_list(v)[0])
+def _tokens(v, c): return dict(new_tokens=names_list(v))
 def _only(ok, yes, no):
     def f(v, c):
         if v!=ok: raise UserError(no)
@@ -109,7 +118,7 @@ _many = 'an optimizer or a variant of LoRA that is not in this version'
 _lf_renamed = dict(
     quantization_type='bnb_4bit_quant_type', double_quantization='use_bnb_nested_quant', default_system='system_prompt',
     early_stopping_steps='early_stopping_patience', pref_beta='beta', kto_chosen_weight='desirable_weight', kto_rejected_weight='undesirable_weight',
-    swanlab_run_name='run_name')
+    swanlab_run_name='run_name', dpo_label_smoothing='label_smoothing')
 
 # %% ../nbs/02e_peer_llamafactory.ipynb #bff87a1c
 _lf_reshaped = dict(
@@ -119,7 +128,7 @@ _lf_reshaped = dict(
     disable_gradient_checkpointing=lambda v, c: dict(activation_checkpointing=not v),
     use_reentrant_gc=lambda v, c: dict(activation_checkpointing_kwargs=dict(use_reentrant=bool(v))), pure_bf16=lambda v, c: dict(dtype='bfloat16') if v else {},
     disable_shuffling=lambda v, c: dict(train_sampling_strategy='sequential') if v else {}, additional_target=lambda v, c: dict(lora_modules_to_save=names_list(v)),
-    use_swanlab=tracks('swanlab'), pref_loss=_only('sigmoid', 'the usual loss', preference),
+    use_swanlab=tracks('swanlab'), pref_loss=_pref_loss, pref_ftx=_pref_ftx, use_dft_loss=lambda v, c: dict(loss_type='dft') if v else {}, adapter_name_or_path=_adapter, add_tokens=_tokens, add_special_tokens=_tokens,
     fsdp_transformer_layer_cls_to_wrap=lambda v, c: dict(fsdp_config=dict(transformer_layer_cls_to_wrap=names_list(v))),
     export_size=lambda v, c: dict(max_shard_size=f'{v}GB'), mix_strategy=_only('concat', 'sources are put together', 'set weight for each source'),
     enable_thinking=_only(True, '<think> parts are kept', 'think: strip or ignore_empty says what becomes of <think> parts'),
@@ -141,15 +150,15 @@ _lf_needless = reasons({
 
 # %% ../nbs/02e_peer_llamafactory.ipynb #7ee2266b
 _lf_refused = reasons({
-    preference: 'pref_ftx pref_bco_weight dpo_label_smoothing simpo_gamma ref_model ref_model_adapters ref_model_quantization_bit ld_alpha',
+    preference: 'pref_bco_weight simpo_gamma ref_model ref_model_adapters ref_model_quantization_bit ld_alpha',
     'rewards are not trained here': 'reward_model reward_model_adapters reward_model_quantization_bit reward_model_type',
     kernel: 'enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels',
     'rows are checked before training, so they are not streamed; set max_train_samples': 'streaming buffer_size',
-    _many: 'loraplus_lr_ratio loraplus_lr_embedding use_llama_pro use_adam_mini use_muon pissa_convert module_dropout mixture_of_depths shift_attn',
-    'another loss is not in this version': 'use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha moe_aux_loss_coef',
-    'an adapter is trained from its start; merge that one into the model first': 'adapter_name_or_path adapter_folder create_new_adapter',
+    _many: 'loraplus_lr_embedding use_llama_pro use_adam_mini use_muon pissa_convert module_dropout mixture_of_depths shift_attn',
+    'another loss is not in this version': 'use_asft_loss asft_alpha use_eaft_loss eaft_alpha moe_aux_loss_coef',
+    'a run goes on from one adapter: adapter_name_or_path': 'adapter_folder create_new_adapter',
     'new tokens are not added here; save the model with them first':
-        'resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens split_special_tokens',
+        'resize_vocab new_special_tokens_config init_special_tokens split_special_tokens',
     'only whole answers of all turns are trained': 'mask_history',
     'tools are written by the chat template': 'tool_format',
     'set weight for each source': 'interleave_probs',

@@ -91,7 +91,7 @@ _trl_reshaped = dict(
 # %% ../nbs/02f_peer_tables.ipynb #b8b41942
 _trl_refused = reasons({
     preference:
-        'loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting discopop_tau sync_ref_model ref_model_mixup_alpha '
+        'ld_alpha f_alpha_divergence_coef use_weighting discopop_tau sync_ref_model ref_model_mixup_alpha '
         'ref_model_sync_steps disable_dropout precompute_ref_batch_size reference_free label_pad_token_id generate_during_eval rpo_alpha',
     several: 'num_processes num_machines accelerate_config config_file main_process_port mixed_precision_policy machine_rank',
 })

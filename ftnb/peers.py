@@ -52,7 +52,7 @@ def reasons(
     "The reason of each single name"
     return {n:why for why,ns in names.items() for n in ns.split()}
 
-preference = 'belongs to training on preferences, which is not in this version'
+preference = 'an option of training on preferences that ftnb does not have'
 kernel = 'a faster kernel, which changes no result; leave it out'
 vision = 'for models that see or hear, which are not in this version'
 tracker = 'trackers read it from the environment: set it there or in .env'
@@ -151,7 +151,8 @@ def names_list(v)->list:
 
 def method_of(v)->dict:
     "The recipe's `method` for a kind of training; a `UserError` if ftnb has none of that kind"
-    if str(v) not in ('sft', 'dpo', 'orpo', 'kto'): raise UserError(f'{v} is a kind of training that ftnb does not have; sft, dpo, orpo and kto are planned or here')
+    if str(v)=='ipo': return dict(method='dpo', loss_type='ipo')
+    if str(v) not in ('sft', 'dpo', 'orpo', 'kto'): raise UserError(f'{v} is a kind of training that ftnb does not have; sft, dpo, orpo and kto are')
     return dict(method=str(v))
 
 def tracks(name:str):

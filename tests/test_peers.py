@@ -135,7 +135,7 @@ def test_two_keys_for_one_field_are_not_settled_in_silence(tmp_path):
     assert got.recipe.max_length==512 and row(got, 'max_seq_length').here=='max_length is 512 already, by sequence_len'
 
 def test_a_value_that_no_recipe_has_is_refused_with_the_recipe_s_own_words(tmp_path):
-    got = take(tmp_path, dict(base_model='a/b', micro_batch_size=1, lr_scheduler='rex', optimizer='muon', adapter='ia3', lora_r=0))
+    got = take(tmp_path, dict(base_model='a/b', micro_batch_size=1, lr_scheduler='rex', optimizer='muon', adapter='mora', lora_r=0))
     assert [r.key for r in got.lost]==['lr_scheduler', 'optimizer', 'adapter', 'lora_r']
     assert 'is not one of linear, cosine' in row(got, 'lr_scheduler').here and 'below 1' in row(got, 'lora_r').here
     got = take(tmp_path, dict(model='a/b', training=dict(training_type='full', load_in_4bit=True)))
