@@ -27,20 +27,21 @@ from .runs import Run, run_folder
 _style = '''<style>
 .ftnb-ab{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19em),1fr));gap:.8em;margin:.6em 0}
 .ftnb-ab>div,.ftnb-asked{border:1px solid var(--ftnb-line);border-radius:4px;padding:.5em .9em .7em}
-.ftnb-asked{border-width:0 0 0 3px;border-radius:0;padding:.1em .9em}
-.ftnb-ab h4,.ftnb-asked h4{margin:0 0 .35em;font-weight:600;color:var(--ftnb-soft);font-size:.92em}
+.ftnb-asked{border-width:0 0 0 3px;border-radius:0;padding:.1em .9em;margin:.6em 0}
+.ftnb-panel .ftnb-said+h4{margin-top:.6em}
+.ftnb-panel .ftnb-ab h4,.ftnb-panel .ftnb-asked h4{margin-bottom:.25em}
+.ftnb-ab h4,.ftnb-asked h4{margin:0;font-weight:600;color:var(--ftnb-soft);font-size:.92em}
 .ftnb-said{white-space:pre-wrap;overflow-wrap:anywhere;max-width:70em;font-size:1.05em}
 .ftnb-code{font-family:var(--jp-code-font-family,monospace);font-size:1em}
-.ftnb-panel progress{width:min(100%,26em);height:.6em;accent-color:var(--jp-brand-color1,#1976d2);vertical-align:middle}
+.ftnb-panel progress{width:min(100%,26em);height:.6em;accent-color:var(--jp-brand-color1,#1976d2);vertical-align:middle;margin-left:.6em}
 </style>'''
 
+def _one(m): return '\n'.join(p for p in (m.get('reasoning_content'), m['content'], *(same(c['function']) for c in m.get('tool_calls') or ())) if p)
 def plain(
     v, # Text, or messages
 )->str:
     "A question or an answer as text, each turn under its role where there are several"
-    if isinstance(v, str): return v
-    def one(m): return '\n'.join(p for p in (m.get('reasoning_content'), m['content'], *(same(c['function']) for c in m.get('tool_calls') or ())) if p)
-    return one(v[0]) if len(v)==1 else '\n\n'.join(f'{m["role"]}: {one(m)}' for m in v)
+    return v if isinstance(v, str) else _one(v[0]) if len(v)==1 else '\n\n'.join(f'{m["role"]}: {_one(m)}' for m in v)
 
 def _cut(t, n=20_000): return t if len(t)<=n else f'{t[:n]} … ({len(t):,} characters)'
 def _said(t, code=False): return f'<div class="ftnb-said{" ftnb-code" if code else ""}">{esc(_cut(t))}</div>'
@@ -53,7 +54,8 @@ def pair_html(
     code = any(re.search(r'^(\s*[{\[<]|\t|  |```)', t, re.M) for t in sides.values())
     told = f'<div class="ftnb-asked"><h4>expected</h4>{_said(p["expected"], code)}</div>' if p.get('expected') else ''
     boxes = ''.join(f'<div role="group" aria-label="answer {s.upper()}"><h4>{s.upper()}</h4>{_said(t, code)}</div>' for s,t in sides.items())
-    return f'{_style}<div class="ftnb-asked"><h4>question</h4>{_said(plain(p["prompt"]))}</div>{told}<div class="ftnb-ab">{boxes}</div>'
+    asked = ''.join(f'<h4>{"question" if len(p["prompt"])==1 else esc(m["role"])}</h4>{_said(_one(m))}' for m in p['prompt'])
+    return f'{_style}<div class="ftnb-asked">{asked}</div>{told}<div class="ftnb-ab">{boxes}</div>'
 
 # %% ../nbs/56a_rating_panel.ipynb #1c1a30a4
 keys = dict(a='1a', b='2b', both='0t', neither='n', skip='s', undo='u')
@@ -81,7 +83,7 @@ class RatingPanel(Panel):
         self.key = W.Text(description='key', placeholder='click here, then press a key', style=dict(description_width='initial'), layout=W.Layout(width='260px', max_width='100%'))
         self.buttons = {k: button(f'{t} ({keys[k][0]})', partial(self._press, k), f'{t}: key {" or ".join(keys[k])}') for k,t in _labels.items()}
         self.write_button = button('Write files', self.write, 'Write what was chosen so far as files for DPO and KTO')
-        self.shown = {k: W.HTML(layout=W.Layout(width='100%')) for k in ('progress', 'pair', 'result')}
+        self.shown = {k: W.HTML(layout=W.Layout(width='auto')) for k in ('progress', 'pair', 'result')}
         self.bar = W.VBox([row(self.key, *self.buttons.values(), self.write_button), W.HTML(f'<div class="ftnb-help">{_help}</div>')], layout=W.Layout(width='100%'))
         self.choice_of_run = row(self.which, button('Refresh', self.load, 'Look for runs and read their answers again'))
         super().__init__([*([self.choice_of_run] if source is None else []), self.shown['progress'], self.bar, self.shown['pair'], self.shown['result']])
@@ -167,7 +169,7 @@ def write(self:RatingPanel):
         self.saved = pairs_from_choices(self.path)
         self.files = self.saved.save(*(self.path.with_name(f'{self.path.stem}_{m}.jsonl') for m in ('dpo', 'kto')))
     except (UserError, TypeError) as e: return self._show(str(e) if self.path else 'There is nothing to write yet.', 'bad')
-    self._show('Written.')
+    self._show('The files are written.')
 
 # %% ../nbs/56a_rating_panel.ipynb #ce4c9b90
 @patch
@@ -182,7 +184,7 @@ def _html(self:RatingPanel, said='', kind='help')->dict:
     bar = f' <progress max="{n}" value="{len(self.done)}" aria-label="{len(self.done)} of {n} rated"></progress>' if n else ''
     skipped = sum(r['choice']=='skip' for r in self.done.values())
     told = ''.join([note(said, kind), *(note(t, k) for k,t in self.notes)])
-    files = f'<h4>Files</h4>{self.saved.table._repr_html_()}'+''.join(f'<div>for <code>method: {m}</code>: <code>{esc(f)}</code></div>' for m,f in self.files.items()) if self.files else ''
+    files = f'<h4>Files</h4>{self.saved.table._repr_html_()}'+''.join(f'<div><code>method: {m}</code> with <code>dataset: {esc(f)}</code></div>' for m,f in self.files.items()) if self.files else ''
     score = f'<h4>Preferred</h4>{t._repr_html_()}' if (t := self.preferred()) else ''
     return dict(progress=f'{_style}<div role="status" aria-live="polite"><span class="ftnb-big">{at}</span>{f" · {skipped} skipped" if skipped else ""}{bar}{told}</div>', pair=pair_html(p) if p else '', result=score+files)
 

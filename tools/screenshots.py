@@ -1,6 +1,6 @@
-"""The pictures of the site: the plan panel and the proof, photographed in a real JupyterLab.
+"""The pictures of the site: the plan panel, the proof and the rating panel, photographed in a real JupyterLab.
 
-    python tools/screenshots.py        writes images/plan.png and images/proof.png
+    python tools/screenshots.py [NAME ...]       writes images/plan.png, images/proof.png and images/rate.png, or those named
 """
 import os, sys, tempfile
 from pathlib import Path
@@ -23,15 +23,21 @@ from ftnb.panels import data_panel
 run = Run('runs/demo', make_recipe(dict(dataset='demo', max_length=512))).save()
 prepare(run)
 data_panel(run=run)'''
+RATE = '''from ftnb.base import shipped
+from ftnb.panels import rating_panel
+p = rating_panel(str(shipped('data', 'demo', 'preferences.jsonl')), 'mine.jsonl')
+for c in ('a', 'both'): p.choose(c)
+p'''
 
 def shoot(browser, url, name, first, last, to):
-    "Photograph a panel of a notebook that was run, from one text to above another"
+    "Photograph a panel of a notebook that was run, from one text to above another, or to its end"
     page = open_notebook(browser, url, name, 1240, 5200)
     run_all(page)
-    page.wait_for_selector(f'.ftnb-panel >> text={last}', timeout=120_000)
+    page.wait_for_selector(f'.ftnb-panel >> text={last or first}', timeout=120_000)
     page.wait_for_timeout(1500)
-    box, a, b = (page.locator(f'.ftnb-panel{q}').first.bounding_box() for q in ('', f' >> text={first}', f' >> text={last}'))
-    page.screenshot(path=to, clip=dict(x=box['x'], y=a['y']-6, width=box['width'], height=b['y']-a['y']))
+    box, a = (page.locator(f'.ftnb-panel{q}').first.bounding_box() for q in ('', f' >> text={first}'))
+    end = page.locator(f'.ftnb-panel >> text={last}').first.bounding_box()['y'] if last else box['y']+box['height']+6
+    page.screenshot(path=to, clip=dict(x=box['x'], y=a['y']-6, width=box['width'], height=end-a['y']))
     page.context.close()
 
 def main():
@@ -40,7 +46,8 @@ def main():
     (root/'images').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, serve(Path(a), Path(b)) as url, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chrome, args=FLAGS)
-        for name,cell,first,last in (('plan', PLAN, 'preset', 'Offloading'), ('proof', PROOF, 'Gates: ', 'drawn · ')):
+        for name,cell,first,last in (('plan', PLAN, 'preset', 'Offloading'), ('proof', PROOF, 'Gates: ', 'drawn · '), ('rate', RATE, 'Pair 3', '')):
+            if sys.argv[1:] and name not in sys.argv[1:]: continue
             write_cells(Path(b)/f'{name}.ipynb', cell)
             shoot(browser, url, f'{name}.ipynb', first, last, root/f'images/{name}.png')
             print(f'images/{name}.png')
