@@ -16,12 +16,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from .arguments import learning_rate, training_args
 from .base import UserError, disk_error
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, quiet
-from .loss import Trainer
 from .measure import Meter, OutOfMemory, is_oom, memory_report, oom_sentence, smaller_batch
+from .prefer import build_trainer, in_order, needs_order, row_lengths
 from .runs import Run, inputs_of, peak_memory
 from .tokenizer import run_tokenizer
 from .train_report import train_line
-from .tune import count_parameters, make_trainable
+from .tune import count_parameters
 from .watch import Monitor, RunLog, Stopper, in_notebook
 
 # %% ../nbs/34_train.ipynb #056e3923
@@ -44,14 +44,14 @@ def make_trainer(
     quiet()
     set_seed(r.seed)
     tok = run_tokenizer(run)
-    train, valid = token_data(run, 'train'), token_data(run, 'valid')
+    train, valid = (in_order(r, token_data(run, s)) for s in ('train', 'valid'))
     if train is None: raise UserError(f'{run.name} has no training rows.')
-    args = training_args(r, run, [len(o) for o in train['input_ids']], valid is not None and r.eval_strategy!='no')
-    model = make_trainable(fit_vocabulary(load_model(r), tok), r)
+    args = training_args(r, run, row_lengths(r.method, train), valid is not None and r.eval_strategy!='no')
+    model = fit_vocabulary(load_model(r), tok)
     stop = Stopper(run)
     calls = [Monitor(run), stop]
     if r.early_stopping_patience: calls.append(EarlyStoppingCallback(r.early_stopping_patience, r.early_stopping_threshold))
-    trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
+    trainer = build_trainer(r, model, args=args, train_dataset=train, eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
     if in_notebook(): trainer.remove_callback(PrinterCallback) # the curve shows the same
     trainer.add_callback(RunLog(run, trainer))
     trainer.stopper, trainer.meter = stop, Meter(args.device.type=='cuda')
@@ -85,7 +85,8 @@ class Stopped(UserError): "Training was stopped by the user; a checkpoint is kep
 
 def _release(trainer):
     "Give back the memory of a trainer that failed, whoever still holds it"
-    for p in trainer.model.parameters(): p.grad, p.data = None, torch.empty(0, dtype=p.dtype)
+    for m in (trainer.model, getattr(trainer, 'ref_model', None)):
+        for p in m.parameters() if m is not None else (): p.grad, p.data = None, torch.empty(0, dtype=p.dtype)
     trainer.optimizer = trainer.lr_scheduler = None
 
 def _train(run, trainer):
@@ -98,6 +99,7 @@ def _train(run, trainer):
             now = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
             said = oom_sentence(run.recipe, trainer.meter, (run.report('plan') or {}).get('memory'), trainer.state.global_step, now)
             less = smaller_batch(*now) if run.recipe.on_oom=='retry' and trainer.meter.phase!='evaluation' else None
+            if less and less[0]<2 and needs_order(run.recipe): less = None # KTO needs a neighbour
             run.log('out_of_memory', step=trainer.state.global_step, phase=trainer.meter.phase, batch=now[0], text=said)
         finally: trainer.stopper.restore()
         _release(trainer)
@@ -122,6 +124,7 @@ def train(
     target = run.path('model' if r.peft=='full' else 'adapter')
     try:
         trainer.save_model(str(target))
+        shutil.rmtree(target/'ref', ignore_errors=True) # the frozen copy that DPO and KTO compare with
         if r.push_to_hub: trainer.push_to_hub()
     except Exception as e: raise disk_error(e, target) or e
     seconds = time.time()-t

@@ -12,7 +12,7 @@ from ftnb.eject import eject
 from ftnb.fields import names
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
-from ftnb.arguments import _not_passed, _same, sampling, training_args
+from ftnb.arguments import _not_passed, same_names, sampling, training_args
 from ftnb.train import train
 from ftnb.trl_script import row_lengths, script, trainer_values, trl_assumes, trl_values, trl_yaml
 
@@ -95,7 +95,7 @@ def test_lines_are_short_and_choices_have_a_comment(both):
 def test_what_trl_assumes_is_what_the_installed_trl_assumes():
     fields = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(trl.SFTConfig)}
     assert {k: fields[k] for k in trl_assumes}==trl_assumes
-    assert set(trl_assumes)==_same-_not_passed
+    assert set(trl_assumes)==same_names()-_not_passed
 
 @pytest.mark.parametrize('kw', [{}, dict(peft='full', eval_strategy='epoch', load_best_model_at_end=True), dict(peft='lora', lora_r=4, train_sampling_strategy='auto', warmup_steps=.1, save_strategy='steps', save_steps=3, data_seed=3),
     dict(early_stopping_patience=2, eval_strategy='steps', eval_steps=1, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=.1), neftune_noise_alpha=5., adam_beta2=.95)])

@@ -6,7 +6,8 @@ torch = pytest.importorskip('torch')
 from ftnb.base import UserError
 from ftnb.measure import Meter, OutOfMemory, append_row, columns, is_oom, memory_report, oom_sentence, smaller_batch
 from ftnb.recipe import make_recipe
-from ftnb.train import Trainer, make_trainer, train
+from ftnb.loss import Trainer
+from ftnb.train import make_trainer, train
 from test_training import STEADY, weights
 
 def test_a_real_allocation_that_fails_is_recognised():
