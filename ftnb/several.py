@@ -29,7 +29,7 @@ def expand_tasks(
 
 # %% ../nbs/06b_several.ipynb #e87575be
 _taken = frozenset('add_module apply bfloat16 buffers children clear compile copy cpu cuda double eval extra_repr float forward fromkeys get get_buffer get_extra_state get_parameter get_submodule half ipu items keys '
-    'load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop popitem register_buffer register_module register_parameter requires_grad_ set_extra_state set_submodule setdefault '
+    'load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop popitem register_buffer register_module register_parameter requires_grad_ set_extra_state set_submodule setdefault smart_apply '
     'share_memory state_dict to to_empty train training type update values xpu zero_grad dump_patches call_super_init base tuned both T_destination'.split())
 
 def new_name(
