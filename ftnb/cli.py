@@ -11,6 +11,7 @@ import argparse, sys
 from .base import UserError
 from .access import load_env
 from .commands import cmd_chat, cmd_diff, cmd_doctor, cmd_eject, cmd_import, cmd_ls, cmd_new, cmd_plan, cmd_run, cmd_show, cmd_sweep
+from .presets import presets
 from .runs import stages
 from .stages import StageFailed
 
@@ -29,6 +30,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('path', help='recipe file to write, such as my.yaml')
     c.add_argument('--dataset', help='file, folder, hub id, or demo')
     c.add_argument('-p', '--param', action='append', metavar='NAME=VALUE', help='a value of the recipe; repeatable')
+    c.add_argument('--preset', metavar='NAME', help='values for a domain, below those that -p gives: '+'; '.join(f'{p.name} ({p.title.lower()}; sets {", ".join(p.values)})' for p in presets.values()))
     c.add_argument('--force', action='store_true', help='overwrite the file')
     c = add('run', cmd_run, 'run the stages of a recipe or of a run', 'Finished stages with unchanged inputs are skipped, so the same command again resumes. '
         'Exit codes: 0 done, 2 wrong input, 3 a stage refused, 130 stopped by Ctrl-C, 137 killed for memory, 1 any other failure.')

@@ -41,7 +41,7 @@ def _progress(e):
 
 def cmd_new(a):
     "`ftnb new`"
-    p = new_recipe(a.path, dataset=a.dataset, force=a.force, **parse_values(a.param))
+    p = new_recipe(a.path, dataset=a.dataset, force=a.force, preset=a.preset, **parse_values(a.param))
     show_value(dict(recipe=str(p)), True) if a.json else print(f'wrote {p}: every key with its meaning; run it with `ftnb run {p}`')
 
 def cmd_run(a):

@@ -14,6 +14,7 @@ from .base import UserError
 from .draw import esc
 from .fields import Recipe, defaults, group_of, groups, help_of, names, types
 from .look import button, note, row
+from .presets import presets as domains, with_preset
 from .recipe import applies, coerce, make_recipe, to_dict
 from .rules import check, choices
 
@@ -66,8 +67,9 @@ class Form(T.HasTraits):
         self.data_rows, self.lengths = data_rows, lengths
         self.advice = advice(self.value, data_rows, lengths)
         self.help = help_of()
-        self.preset = W.Dropdown(options=list(presets), value='as it is', description='preset', style=dict(description_width='220px'), layout=W.Layout(width='480px', max_width='100%'))
-        self.preset.observe(lambda c: self.set(**presets[c['new']]) if c['new']!='as it is' else None, names='value')
+        self.preset = W.Dropdown(options=[*presets, *domains], value='as it is', description='preset', style=dict(description_width='220px'), layout=W.Layout(width='480px', max_width='100%'))
+        self.preset_note, self._domain = W.HTML(), {}
+        self.preset.observe(lambda c: self._preset(c['new']), names='value')
         self.top = W.VBox([self._row(n) for n in fields])
         rest = {g: [n for n in names if group_of(n)==g and n not in fields] for g in groups}
         self._groups = {g: ns for g,ns in rest.items() if ns}
@@ -76,7 +78,7 @@ class Form(T.HasTraits):
         self.more.observe(self._open, names='selected_index')
         self.status = W.HTML()
         self.undo_button, self.reset_button = button('Undo', self.undo, 'Take the last change back'), button('Defaults', lambda: self._to(Recipe()), 'Every field back to its default')
-        self.widget = W.VBox([self.preset, self.top, row(self.undo_button, self.reset_button, self.status), self.more], layout=W.Layout(width='100%'))
+        self.widget = W.VBox([self.preset, self.preset_note, self.top, row(self.undo_button, self.reset_button, self.status), self.more], layout=W.Layout(width='100%'))
         self._show()
 
     def _row(self, n):
@@ -177,6 +179,15 @@ def _reads_as(self:Form, n, text, v):
 def set(self:Form, **values):
     "Set several fields at once; what contradicts is shown, not taken"
     self._try({n: read_value(n, v) for n,v in values.items()})
+
+@patch
+def _preset(self:Form, name):
+    "Set what a preset sets; one for a domain takes the place of another, and leaves alone what was chosen by hand"
+    self.preset_note.value = note(domains[name].note) if name in domains else ''
+    if name not in domains: return self.set(**presets[name]) if presets[name] else None
+    mine = {k: v for k,v in to_dict(self.value).items() if k not in self._domain or self._domain[k]!=v}
+    self._domain = {k: v for k,v in with_preset(mine, name).items() if k not in mine}
+    self._try({**{k: defaults()[k] for k in to_dict(self.value) if k not in mine}, **self._domain})
 
 @patch
 def undo(self:Form):

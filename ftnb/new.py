@@ -12,6 +12,7 @@ from pathlib import Path
 from .base import UserError, write_atomic
 from .aliases import apply_aliases
 from .fields import group_of, help_of, names
+from .presets import presets, with_preset
 from .recipe import make_recipe
 from .runs import data_paths
 from .settings import read_settings
@@ -37,9 +38,10 @@ _head = '''\
 # Relative paths start where ftnb is called. Tokens have no place here: put HF_TOKEN into the environment or into .env.
 '''
 
-def _recipe_text(r, given, file):
+def _recipe_text(r, given, file, preset=None):
     "`r` as YAML with every field; those in `given` count, the others are commented out"
     out, group, help_text = [_head.format(file=' '.join(str(file).split()))], None, help_of()
+    if preset: out.append(f'# Preset {preset}: {presets[preset].note}\n')
     for k in names:
         if group_of(k)!=group: out.append(f'\n# ---- {(group := group_of(k))} ----\n')
         line = ('' if k in given else '#') + _line(k, getattr(r, k))
@@ -88,6 +90,7 @@ def new_recipe(
     path, # YAML file to write
     dataset=None, # File, folder, hub id, `demo`, or a list of sources; None: to be filled in
     force:bool=False, # Write over a recipe that is there
+    preset:str=None, # code, medical, legal or support: values for a domain, below those that are given
     **values, # Other fields that shall count, also under other tools' names
 )->Path: # `path`
     "Write a recipe with every field explained, the given ones set, and the `.gitignore` beside it; a mistake is a `UserError`"
@@ -96,8 +99,9 @@ def new_recipe(
     if path.is_dir(): raise UserError(f'{path} is a folder; give the name of a file in it, such as {path/"my.yaml"}.')
     if path.exists() and not force: raise UserError(f'{path} is there already; choose another name, or --force to write over it.')
     if dataset is not None: values = dict(dataset=dataset, **values)
+    values = with_preset(values, preset)
     r, folders = make_recipe(values), _ignore_folders(path)
     if r.dataset not in (None, 'demo'): find_sources(r.dataset, r.mapping)
-    write_atomic(path, _recipe_text(r, apply_aliases(values, names)[0], path))
+    write_atomic(path, _recipe_text(r, apply_aliases(values, names)[0], path, preset))
     for f in folders: gitignore(f, data_paths(r.dataset))
     return path
