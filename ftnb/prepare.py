@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .base import Table, UserError, disk_error, file_digest, write_atomic
-from .chat import encode
+from .chat import Encoded, encode
 from .describe import Describe, QualityReport
 from .gates import Facts, check_accept, generation_stops, judge, nothing_cut
 from .intake import near_notes, sift, take_in
 from .keep import ShownRows, SplitFiles, describe_lengths
 from .ledger import Ledger
+from .pairs import PairFault, encode_judged, encode_pair, examples
 from .report import html_page
-from .rowcheck import Tally, inspect_row
+from .rowcheck import JudgedCount, Tally, inspect_row
 from .runs import Run
-from .show import Rows, RowView, token_parts
+from .show import Rows, view
 from .template import default_date, render, template_hash
 from .tokenizer import load_tokenizer
 
@@ -68,36 +69,45 @@ class _Pass:
     trained:int=0 # Trained tokens of the training rows
     tokens:int=0 # Tokens of the training rows
     chats:int=0 # Rows that are conversations
+    judged:JudgedCount=field(default_factory=JudgedCount) # Answers of preference data
     sample:object=None
     describe:object=None
 
+def _tokens(tok, rec, recipe):
+    "A record as tokens: with labels, or with the answers that are judged"
+    if 'prompt' not in rec: return encode(tok, rec, recipe.assistant_only_loss, recipe.think)
+    return (encode_judged if 'completion' in rec else encode_pair)(tok, rec, recipe.think)
+
 def _fit(i, enc, recipe, got):
-    "(input_ids, labels, reason) of an encoded row within `max_length`"
-    ids, labels, n = enc.input_ids, enc.labels, recipe.max_length
-    if len(ids)<=n: return ids, labels, None
-    lost = sum(l!=-100 for l in labels[n:])
-    got.over.append((len(ids), lost, i))
-    if lost and recipe.excess_length_strategy!='truncate': return ids, labels, f'longer than max_length: {len(ids)} of {n} tokens'
-    if all(l==-100 for l in labels[:n]): return ids, labels, f'nothing to train on within max_length: {n}'
-    return ids[:n], labels[:n], None
+    "(tokens within `max_length`, reason why the row is set aside) of an encoded row"
+    n = recipe.max_length
+    if not isinstance(enc, Encoded) and enc.same(): return enc, 'chosen and rejected are the same tokens'
+    if enc.size<=n: return enc, None
+    lost = enc.lost(n)
+    got.over.append((enc.size, lost, i))
+    if lost and recipe.excess_length_strategy!='truncate': return enc, f'longer than max_length: {enc.size} of {n} tokens'
+    if enc.empty(n): return enc, f'nothing to train on within max_length: {n}'
+    return enc.cut(n), None
 
 def _encode_all(rows, recipe, tok, files, got):
     "Encode, inspect and write every row that is kept"
     for i,rec in rows.records():
-        try: enc = encode(tok, rec, recipe.assistant_only_loss, recipe.think)
+        try: enc = _tokens(tok, rec, recipe)
+        except PairFault as e: rows.put_aside(i, str(e)); continue
         except UserError as e: rows.put_aside(i, f'the template refuses it: {e}'); continue
         before = dict(got.tally.n)
         inspect_row(got.tally, i, rec, enc, tok, recipe, deep=got.tally.prompts<200 or i%200==0)
-        got.sample.see(i, enc, [k for k,v in got.tally.n.items() if v!=before.get(k)] + (['over max_length'] if len(enc.input_ids)>recipe.max_length else []))
-        ids, labels, reason = _fit(i, enc, recipe, got)
+        got.sample.see(i, enc, [k for k,v in got.tally.n.items() if v!=before.get(k)] + (['over max_length'] if enc.size>recipe.max_length else []))
+        kept, reason = _fit(i, enc, recipe, got)
         if reason: rows.put_aside(i, reason); continue
         split, times = rows.split_of(i), round(rows.repeat[i]) if rows.split_of(i)=='train' else 1
-        n = sum(l!=-100 for l in labels)
-        got.lens[split][len(ids)] += times
-        got.chats += 'messages' in rec
-        if split=='train': got.tokens += len(ids)*times; got.trained += n*times
-        if got.describe: got.describe.add(rec, split, len(enc.input_ids), enc.trained)
-        if files: files[split].add(dict(rec, source=rows.files[rows.file[i]].split('/')[-1], line=rows.line[i]), ids, labels, times)
+        got.chats += 'text' not in rec
+        if split=='train': got.tokens += kept.tokens*times; got.trained += kept.trained*times
+        if split=='train' and 'prompt' in rec: got.judged.add(kept, times)
+        if got.describe: got.describe.add(rec, split, enc.size, enc.trained)
+        for r,e in examples(rec, kept, recipe.method):
+            got.lens[split][e.size] += times
+            if files: files[split].add(dict(r, source=rows.files[rows.file[i]].split('/')[-1], line=rows.line[i]), e.columns, times)
 
 # %% ../nbs/29_prepare.ipynb #56ca3627
 _talks = [[dict(role='user', content='a'), dict(role='assistant', content='b')], [dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')]]
@@ -124,7 +134,7 @@ def _facts(recipe, rows, tok, intake, got)->Facts:
     if recipe.packing:
         from ftnb.packing import packed_difference # floor 3: torch is loaded only to try packing
         packed = packed_difference(recipe)
-    return Facts(recipe, rows, tok, got.tally, intake.shapes, intake.read, got.chats, got.over, stop_ids, not got.chats or same_when_saved(tok, recipe), dict(intake.private), intake.masked, packed)
+    return Facts(recipe, rows, tok, got.tally, intake.shapes, intake.read, got.chats, got.over, stop_ids, not got.chats or same_when_saved(tok, recipe), dict(intake.private), intake.masked, packed, got.judged)
 
 def examine(
     recipe, # A `Recipe`
@@ -140,19 +150,20 @@ def examine(
     intake = take_in(recipe, rows, limit)
     near = sift(rows, recipe)
     got = _Pass(sample=ShownRows(recipe.seed), describe=Describe(recipe.num_train_epochs, recipe.seed, near_threshold=None))
-    files = {s: SplitFiles(folder, s) for s in got.lens} if write else None
+    files = {s: SplitFiles(folder, s, recipe.method) for s in got.lens} if write else None
     try: _encode_all(rows, recipe, tok, files, got)
     finally:
         for f in (files or {}).values(): f.close()
     if not rows.count('train'): raise _nothing_left(rows, nothing_cut(Facts(recipe, rows, tok, got.tally, over=got.over)))
     quality = got.describe.report()
     quality.update(near=near, notes=[*quality['notes'], *near_notes(near)], private=dict(intake.private))
-    report = dict(rows=intake.read, files=_files(rows), splits={s: rows.count(s) for s in got.lens}, aside=sum(w>0 for w in rows.why),
+    report = dict(method=recipe.method, rows=intake.read, files=_files(rows), splits={s: rows.count(s) for s in got.lens}, aside=sum(w>0 for w in rows.why),
         set_aside=[dict(file=rows.files[rows.file[i]].split('/')[-1], line=rows.line[i], reason=rows.reason(i)) for i in range(len(rows)) if rows.why[i]][:1000],
         lengths={s: describe_lengths(c) for s,c in got.lens.items()}, train_rows=sum(got.lens['train'].values()), train_tokens=got.tokens, trained_tokens=got.trained,
         lens={str(k): v for k,v in sorted(got.lens['train'].items())}, template=template_hash(tok), template_date=recipe.template_date or default_date, max_length=recipe.max_length, near_duplicates=near,
         gates=judge(_facts(recipe, rows, tok, intake, got)), shapes={f.split('/')[-1]: dict(shape=s.name, share=s.share, confidence=s.confidence, reason=s.reason) for f,s in intake.shapes.items()})
-    show = [RowView(token_parts(tok, ids, labels, recipe.max_length), f'{why} · {rows.short(i)}', len(ids), sum(l!=-100 for l in labels)) for i,ids,labels,why in got.sample.rows()]
+    if got.judged.prompts: report['judged'] = {k: describe_lengths(getattr(got.judged, k)) for k in ('prompts', 'good', 'bad')} | dict(pairs=got.judged.pairs, longer=got.judged.longer)
+    show = [view(tok, enc, f'{why} · {rows.short(i)}', recipe.max_length) for i,enc,why in got.sample.rows()]
     done = Prepared(report, Rows(show), QualityReport(quality))
     report['line'] = done.line
     return done, rows

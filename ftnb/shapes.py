@@ -113,6 +113,7 @@ def _common(c, r):
     if not n or c[n-1]['role']=='system': raise RowFault('chosen and rejected have no prompt in common')
     return c[:n], c[n:], r[n:]
 
+def _bare(ms): return [{**m, 'content': (m.get('content') or '').strip()} for m in ms]
 def preference(
     r:dict, # A row, its columns in lower case
     tools:list=None, # As `tools_of` gives them
@@ -136,6 +137,7 @@ def preference(
         if not o: raise RowFault(f'{name} is empty')
         if o[0]['role']!='assistant': raise RowFault(f'{name} begins with the {o[0]["role"]}, not with an answer')
     if c==b: raise RowFault('chosen and rejected are the same')
+    if _bare(c)==_bare(b): raise RowFault('chosen and rejected are the same but for white space at their ends')
     return p, c, b
 
 # %% ../nbs/20c_shapes.ipynb #4b52b7bb

@@ -35,7 +35,7 @@ def rows_of(n=60): return short_rows(n)
 
 def test_all_gates_pass_on_sound_rows(prep):
     got = verdicts(prep(rows_of(120))[1])
-    assert set(got)==set(gates.gate_table) and set(got.values())=={'ok'}
+    assert set(got)==set(gates.gate_table)-set(gates.pair_gates) and set(got.values())=={'ok'}
 
 # the silent faults of TRL (facts: a to j)
 
@@ -135,7 +135,7 @@ def test_an_answer_of_several_that_is_not_trained_stops(monkeypatch, prep):
 
 def test_a_row_with_nothing_to_learn_stops(monkeypatch, prep):
     wrong(monkeypatch, lambda e: Encoded(e.input_ids, [-100]*len(e.labels), e.ends))
-    monkeypatch.setattr(stage, '_fit', lambda i, enc, recipe, got: (enc.input_ids, enc.labels, None))
+    monkeypatch.setattr(stage, '_fit', lambda i, enc, recipe, got: (enc, None))
     with monkeypatch.context() as m:
         m.setattr(gates, 'gate_table', {'mask_not_empty': gates.mask_not_empty})
         with pytest.raises(UserError, match='gate mask_not_empty: 60 rows have no trained token at all'): prep(rows_of())
