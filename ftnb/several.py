@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ways', 'expand_tasks', 'new_name', 'known_name', 'tensor_shapes', 'read_adapter', 'adapter_folder', 'adapter_folders',
-           'adapters_table', 'check_combination']
+           'adapters_table', 'check_combination', 'matrix_table', 'matrix_line']
 
 # %% ../nbs/06b_several.ipynb #1f373a5f
 import json, math, re, struct
@@ -152,3 +152,24 @@ def _alike(mine, how):
 
 def _set(v): return sorted(v) if isinstance(v, list) else v
 def _show(v): return ' '.join(map(str, v)) if isinstance(v, list) else v or 'none'
+
+# %% ../nbs/06b_several.ipynb #6a85428c
+def _pct(x): return '' if x is None else f'{100*x:.0f} %'
+
+def matrix_table(
+    rep:dict, # tasks, metric, n, scores
+)->Table:
+    "Base and adapters against tasks"
+    names = {t: f'{t} ({rep["metric"][t]}, {rep["n"][t]} rows)' for t in rep['tasks']}
+    return Table([dict(adapter=w, **{names[t]: _pct(s.get(t)) for t in rep['tasks']}) for w,s in rep['scores'].items()], cols=['adapter', *names.values()], title='Each adapter on the held-out rows of each task')
+
+def matrix_line(
+    rep:dict, # tasks, scores
+)->str:
+    "One line: each task with its adapter's score, the base's, and the best of the other adapters"
+    out = []
+    for t in rep['tasks']:
+        others = [s[t] for w,s in rep['scores'].items() if w not in ('base', t)]
+        mine = rep['scores'].get(t, {}).get(t)
+        out.append(f'{t} {_pct(mine)} (base {_pct(rep["scores"]["base"][t])}'+(f', other adapters at most {_pct(max(others))})' if others else ')'))
+    return ' · '.join(out)

@@ -6,15 +6,13 @@
 __all__ = []
 
 # %% ../nbs/35d_shelf.ipynb #11b6661b
-from pathlib import Path
-
 from fastcore.basics import patch
 
 from .base import Table, UserError
 from .chat import render
 from .generate import answers as answer_with, system_of
 from .rack import Adapters
-from .several import known_name
+from .several import check_combination, known_name, matrix_table
 
 # %% ../nbs/35d_shelf.ipynb #6de69ba9
 @patch
@@ -58,3 +56,26 @@ def chat(self:Adapters,
     with self.using(which) as model:
         name = which if which in self.runs else None
         return answer_with(model, self.tok, [self._ids(messages, name)], self.recipe, self.recipe.max_new_tokens or max_new_tokens)[0]
+
+# %% ../nbs/35d_shelf.ipynb #f60ba11b
+@patch
+def evaluate(self:Adapters,
+    names:list=None, # Adapters; none: all
+    runs:dict=None, # {task: `Run`}; none: the runs that the adapters come from
+    **kw, # metric, rows, progress of `ftnb.domains.matrix`
+)->Table:
+    "The score of the base and each adapter on each task's held-out rows"
+    from ftnb.domains import matrix
+    for n in names or []: known_name(n, self.infos)
+    return matrix_table(matrix(self, runs, names, **kw))
+
+@patch
+def grid(self:Adapters,
+    combos:list, # As `ftnb.domains.combinations` gives them: dicts of how, weights, density
+    runs:dict=None, # {task: `Run`}; none: the runs that the adapters come from
+    **kw, # metric, rows, progress of `ftnb.domains.grid`
+)->Table:
+    "The score of each combination on each task, and the share of the single adapter's that is kept"
+    from ftnb.domains import grid
+    for c in combos: check_combination(self.infos, **{k: v for k,v in c.items() if k in ('weights', 'how', 'density', 'majority_sign_method') and v is not None})
+    return grid(self, combos, runs, **kw)
