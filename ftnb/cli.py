@@ -68,6 +68,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('run', help='name or folder of a run')
     c.add_argument('prompt', nargs='*', help='one question; without it, a conversation')
     c.add_argument('--which', choices=['tuned', 'base', 'both'], default='both', help='which model answers')
+    c.add_argument('--adapter', metavar='NAME', help='which adapter answers, where the run or group has several')
     c = add('import-config', cmd_import, 'turn a configuration of Axolotl, LLaMA-Factory, Unsloth Studio or TRL into a recipe', 'The recipe goes to the output, what became of each key to the error output: ftnb import-config axolotl.yml > my.yaml')
     c.add_argument('file', help='YAML file of the other tool')
     c.add_argument('--tool', choices=['axolotl', 'llamafactory', 'unsloth', 'trl'], help='which tool it is of; default: told by its keys')

@@ -24,7 +24,9 @@ from .recipe import load_recipe, recipe_table, to_dict
 from .report import metric_table
 from .runs import Run, list_runs, requirements, run_folder, stages
 from .settings import read_settings
+from .several import matrix_table
 from .stages import check_range, run_pipeline, stage_notebook
+from .tasks import run_tasks
 
 # %% ../nbs/43d_commands.ipynb #84976ce2
 def show_value(
@@ -51,15 +53,23 @@ def cmd_run(a):
     values = parse_values(a.param)
     if a.accept: values['accept'] = parse_accept(a.accept)
     run = open_run(a.what, values, a.name, a.in_place, say)
-    say(f'{run.name}  ({run.folder})')
+    if not run.recipe.tasks: say(f'{run.name}  ({run.folder})')
     tty = sys.stderr.isatty() and not a.json
     def line(x): print('\r\033[K' if tty else '', end='', file=sys.stderr); say(x)
+    if run.recipe.tasks: return _run_tasks(a, run, line, _progress if tty else None)
     done = run_pipeline(run, a.from_stage, a.to, a.force, line, _progress if tty else None, a.debug)
     rep = run.report('evaluate') if any(d['stage']=='evaluate' for d in done) else None
     if a.json: return show_value(dict(run=run.name, folder=str(run.folder), stages=done, metrics=(rep or {}).get('metrics', [])), True)
     if rep and any(d['status']=='done' for d in done): print(); print(metric_table(rep)); print()
     if run.recipe.spec: print(requirements(run)); print()
     print(f'  {run.path("reports", "evaluate.html")}' if rep else f'  {run.folder}')
+
+def _run_tasks(a, group, say, watch):
+    "A recipe with tasks: a run for each, and their adapters compared"
+    done = run_tasks(group, a.from_stage, a.to, a.force, a.in_place, say, watch, a.debug)
+    rep = group.report('tasks') if done[-1]['stage']=='tasks' else None
+    if a.json: return show_value(dict(run=group.name, folder=str(group.folder), stages=done, tasks=rep and {k: rep[k] for k in ('metric', 'n', 'scores')}), True)
+    if rep: print('', matrix_table(rep), '', f'  {group.path("reports", "tasks.html")}', sep='\n')
 
 def cmd_plan(a):
     "`ftnb plan`"
@@ -103,9 +113,10 @@ def cmd_show(a):
     "`ftnb show`"
     run = Run(run_folder(a.run))
     ev = run.report('evaluate')
-    if a.json: return show_value(dict(run=run.name, recipe=to_dict(run.recipe), state=run.state, manifest=run.manifest, evaluate=ev, train=run.report('train'), export=run.report('export')), True)
+    if a.json: return show_value(dict(run=run.name, recipe=to_dict(run.recipe), state=run.state, manifest=run.manifest, evaluate=ev, train=run.report('train'), export=run.report('export'), tasks=run.report('tasks')), True)
     print(recipe_table(run.recipe, all=False), '', Table([dict(stage=k, status=v['status'], seconds=v.get('seconds', ''), result=v.get('line') or '') for k,v in run.state.items()]), sep='\n')
     if ev: print('', metric_table(ev), sep='\n')
+    if (t := run.report('tasks')): print('', matrix_table(t), sep='\n')
     if run.recipe.spec: print('', requirements(run), sep='\n')
 
 def cmd_diff(a):
@@ -116,8 +127,10 @@ def cmd_diff(a):
 def cmd_chat(a):
     "`ftnb chat`"
     from ftnb.generate import load # torch is loaded only here
-    pair = load(a.run, a.which)
-    which = ('base', 'tuned') if a.which=='both' else (a.which,)
+    pair = load(a.run, a.which, a.adapter)
+    tuned = a.adapter or 'tuned'
+    which = ('base', tuned) if a.which=='both' else ('base',) if a.which=='base' else (tuned,)
+    if hasattr(pair, 'infos') and not a.adapter and a.which!='base': which = (*which[:-1], *pair.names) # a group: each of its adapters
     def ask(q):
         said = {w: pair.chat(q, w) for w in which}
         if a.json: show_value(dict(prompt=q, **said), True)

@@ -162,8 +162,11 @@ def report_tasks(
     return rep
 
 def main():
-    "The process that makes a group's report: its folder is the argument"
-    try: report_tasks(Run(sys.argv[1]))
+    "The process that makes a group's report, if what it depends on has changed: its folder is the argument"
+    group = Run(sys.argv[1])
+    have = group.report('tasks')
+    try:
+        if '--force' in sys.argv or not have or have['inputs']!=tasks_inputs(group): report_tasks(group); print('made')
     except UserError as e:
         print(f'ftnb: {e}', file=sys.stderr)
         sys.exit(3)

@@ -15,6 +15,7 @@ from .gates import check_accept
 from .recipe import load_recipe, make_recipe, to_dict
 from .runs import Run, inputs_of, run_folder
 from .settings import Settings, read_settings
+from .several import expand_tasks
 from .stages import link_run
 
 # %% ../nbs/43c_opening.ipynb #92067820
@@ -98,6 +99,7 @@ def open_at(
 )->Run:
     "The run in a folder; a finished training with other values is kept, and the new one stands beside it"
     folder = Path(folder)
+    expand_tasks(r) # a mistake in one of them leaves nothing behind
     if not (folder/'recipe.yaml').exists(): return link_run(old, folder, r) if old else Run(folder, r).save()
     have = Run(folder)
     finished = have.state.get('train', {}).get('status')=='done'

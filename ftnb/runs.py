@@ -197,7 +197,7 @@ def list_runs(start='.')->Table:
     rows = []
     for p in ps:
         run = Run(p.parent)
-        ev = run.report('evaluate') or {}
+        ev = run.report('evaluate') or run.report('tasks') or {}
         rows.append(dict(run=run.name, model=Path(run.recipe.model_name_or_path).name, peft=run.recipe.peft, stages=' '.join(f'{k}:{v["status"]}' for k,v in run.state.items()),
             result=ev.get('line', '')))
     return Table(rows, cols=['run', 'model', 'peft', 'stages', 'result'])
