@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig, FineGrainedFP8Config, GenerationConfig, Mxfp4Config
 from transformers.utils import logging as hf_logging
 
 from .base import UserError
+from .falcon import PlainFalcon
 from .fields import Recipe
 from .heap import give_back
-from .models import hub_error, model_path
+from .models import hub_error, model_path, read_config
+from .quantised import check_quantised, packing_of
 
 # %% ../nbs/30_load.ipynb #27a08de3
 @dataclass(frozen=True)
@@ -93,6 +95,21 @@ def quiet():
     hf_logging.disable_progress_bar()
     if 'datasets' in sys.modules: sys.modules['datasets'].disable_progress_bars()
     warnings.filterwarnings('ignore', message='`is_gradient_checkpointing` is deprecated') # peft asks for it
+    warnings.filterwarnings('ignore', message='You passed `quantization_config`') # how a checkpoint is unpacked
+
+def _config(r, path):
+    "The config.json of what is loaded; empty where transformers has to say what is wrong with it"
+    try: return read_config(str(path or r.model_name_or_path), r.model_revision)
+    except UserError: raise
+    except (ValueError, OSError): return {}
+
+_unpack = {'fp8': FineGrainedFP8Config, 'mxfp8': FineGrainedFP8Config, 'mxfp4': Mxfp4Config, 'compressed-tensors': CompressedTensorsConfig}
+
+def _whole(model, dtype):
+    "A quantised checkpoint with whole weights, that can be saved as such"
+    model = model.dequantize(dtype).to(dtype)
+    model.__dict__.pop('_weight_conversions', None) # how the packed weights were read, which can't be reversed
+    return model
 
 def load_model(
     r:Recipe,
@@ -106,18 +123,25 @@ def load_model(
     d = device or find_device(r.use_cpu)
     if d.kind=='cpu': give_back()
     name = str(path or model_path(r.model_name_or_path))
-    q = quantisation(r, d) if quantised is not False else None
+    config = _config(r, path)
+    packed = packing_of(config)
+    check_quantised(config, r, quantised is False and 'merged' in r.export_formats)
+    if packed: q = _unpack[packed['quant_method']](dequantize=True) if packed.get('quant_method') in _unpack else None
+    else: q = quantisation(r, d) if quantised is not False else None
+    cls = PlainFalcon if q and config.get('model_type')=='falcon' else AutoModelForCausalLM
     if r.attn_implementation.startswith('flash_attention') and d.kind!='cuda': raise UserError(f'attn_implementation: {r.attn_implementation} needs an NVIDIA GPU and this is {d.name} ({d.kind}); set sdpa.')
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or weight_dtype(r, d), quantization_config=q, attn_implementation=r.attn_implementation,
-            revision=None if os.path.isdir(name) else r.model_revision, trust_remote_code=r.trust_remote_code, use_safetensors=True, device_map={'': d.kind if d.kind!='cuda' else torch.cuda.current_device()})
+        model = cls.from_pretrained(name, dtype=dtype or weight_dtype(r, d), attn_implementation=r.attn_implementation,
+            revision=None if os.path.isdir(name) else r.model_revision, trust_remote_code=r.trust_remote_code, use_safetensors=True, device_map={'': d.kind if d.kind!='cuda' else torch.cuda.current_device()}, **(dict(quantization_config=q) if q else {})) # None would hide the checkpoint's own
     except Exception as e:
         if (err := hub_error(e, r.model_name_or_path)): raise err from None
         if 'trust_remote_code' in str(e): raise UserError(f'{r.model_name_or_path} brings Python code of its own; read it, then set trust_remote_code: true.') from None
         if 'safetensors' in str(e) and 'no file named' in str(e).lower(): raise UserError(f'{name} has no weights in safetensors format, and other formats can run code on loading; convert it first.') from None
         if isinstance(e, ImportError) and 'flash' in str(e).lower(): raise UserError(f'attn_implementation: {r.attn_implementation} is not installed; set sdpa.') from None
         raise
-    return model
+    for m in model.modules():
+        if type(m).__name__=='Linear4bit' and (m.out_features%32 or m.in_features%64): m.support_avx512bf16_for_cpu = False # its packed form takes no other shapes
+    return _whole(model, dtype) if quantised is False and getattr(model, 'is_quantized', False) and 'merged' in r.export_formats else model
 
 def fit_vocabulary(
     model, # As `load_model` gives it

@@ -121,6 +121,7 @@ for name, folder in job['folders'].items():
     model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={'': job['device']}, output_loading_info=True, **job['load'][name])
     missing, unexpected = list(info['missing_keys']), list(info['unexpected_keys'])
     if name=='adapter':
+        if job['whole'] and getattr(model, 'is_quantized', False): model = model.dequantize(torch.float32)
         if len(tok)>model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tok))
         model = PeftModel.from_pretrained(model, folder)
         again = model.load_adapter(folder, 'default')
@@ -149,7 +150,7 @@ def in_fresh_process(
     base = model_path(r.model_name_or_path)
     load = dict(attn_implementation=r.attn_implementation, trust_remote_code=r.trust_remote_code)
     loads = dict(adapter=dict(load, revision=None if os.path.isdir(base) else r.model_revision), merged=load)
-    write_json(job, dict(folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, load={k:loads[k] for k in folders}))
+    write_json(job, dict(folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, whole='merged' in r.export_formats, load={k:loads[k] for k in folders}))
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONWARNINGS': 'ignore'}
     p = subprocess.run([sys.executable, '-c', script, str(job)], cwd=out, env=env, capture_output=True, text=True)
     if p.returncode==0: return read_json(Path(out)/'said.json')
