@@ -118,7 +118,7 @@ def candidates_from_rows(
     return _once(out)
 
 def candidates(
-    source, # A run, two runs, a file, or rows
+    source, # A run, two runs, a file, rows, or candidates
     start='.', # Where settings are looked for
 )->list: # As `candidates_from_run` gives them
     "Two answers to each question, wherever they are"
@@ -126,6 +126,7 @@ def candidates(
         if len(source)!=2: raise UserError(f'{len(source)} runs are named; two can be held against each other.')
         return candidates_from_runs(*source, start=start)
     if isinstance(source, Run) or isinstance(source, (str, Path)) and Path(source).suffix.lower() not in readers: return candidates_from_run(source, start=start)
+    if not isinstance(source, (str, Path)) and source and all('fault' in o or {'key', 'answers'} <= {*o} for o in source): return _once(source)
     return candidates_from_rows(source)
 
 # %% ../nbs/29e_candidates.ipynb #99971843

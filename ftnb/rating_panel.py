@@ -33,7 +33,7 @@ _style = '''<style>
 .ftnb-ab h4,.ftnb-asked h4{margin:0;font-weight:600;color:var(--ftnb-soft);font-size:.92em}
 .ftnb-said{white-space:pre-wrap;overflow-wrap:anywhere;max-width:70em;font-size:1.05em}
 .ftnb-code{font-family:var(--jp-code-font-family,monospace);font-size:1em}
-.ftnb-panel progress{width:min(100%,26em);height:.6em;accent-color:var(--jp-brand-color1,#1976d2);vertical-align:middle;margin-left:.6em}
+.ftnb-panel progress{width:min(100% - 1.2em,26em);height:.6em;accent-color:var(--jp-brand-color1,#1976d2);vertical-align:middle;margin-left:.6em}
 </style>'''
 
 def _one(m): return '\n'.join(p for p in (m.get('reasoning_content'), m['content'], *(same(c['function']) for c in m.get('tool_calls') or ())) if p)
@@ -103,11 +103,11 @@ def load(self:RatingPanel):
         self.pairs = [blind(c, self.seed) for c in cs if 'key' in c]
         if out := Counter(c['fault'] for c in cs if 'fault' in c): self.notes.append(('help', f'{sum(out.values())} of {len(cs)} are not asked: '+', '.join(f'{w} ({n})' for w,n in out.most_common(5))+'.'))
         self.choices, bad = read_choices(self.path)
-        if bad: self.notes.append(('warn', f'{len(bad)} lines of {self.path.name} can not be read and their pairs are asked again; the first: {bad[0][0]}: {bad[0][1]}.'))
+        if bad: self.notes.append(('warn', f'lines of {self.path.name} that can not be read: {len(bad)}, and their pairs are asked again; the first: {bad[0][0]}: {bad[0][1]}.'))
         mine = {p['key'] for p in self.pairs}
         self.done = {k: v for k,v in self.choices.items() if k in mine}
         self.others = len(self.choices)-len(self.done)
-        if self.others: self.notes.append(('help', f'{self.path.name} also holds {self.others} choices between other answers; the files for DPO and KTO hold them, too.'))
+        if self.others: self.notes.append(('help', f'choices between other answers in {self.path.name}: {self.others}; the files for DPO and KTO hold them, too.'))
     except (UserError, OSError) as e:
         if self.source is not None: raise
         self.notes.append(('warn', str(e)))

@@ -100,6 +100,7 @@ def _column(rows, rating):
     "The name of the column with the rating"
     have = list(dict.fromkeys(k for _,r,why in rows if not why for k in r))
     low = {k.lower(): k for k in have}
+    if not have: raise UserError(f'No row can be used: {rows[0][0]}: {rows[0][2]}.' if rows else 'There are no rows to make pairs of.')
     if rating in have or rating is None and (found := next((low[k] for k in rating_columns if k in low), None)): return rating or found
     raise UserError(f'The rows have no column {rating!r}; they have {", ".join(map(repr, have))}.{nearest(rating, have)}' if rating else f'None of the columns {", ".join(map(repr, have))} is known for a rating; name it, such as rating={next(iter(have), "rating")!r}.')
 
@@ -124,7 +125,7 @@ def pairs_from_ratings(
             n, r = rating_of(row.get(col), words), rated({k:v for k,v in row.items() if k!=col}, mapping)
             asked.setdefault(same([r['prompt'], r.get('tools')]), {}).setdefault(same(r['completion']), (r, []))[1].append(n)
         except RowFault as e: faults.append((place, str(e)))
-    if not asked: raise UserError(f'No row can be used: {faults[0][0]}: {faults[0][1]}.' if faults else 'There are no rows to make pairs of.')
+    if not asked: raise UserError(f'No row can be used: {faults[0][0]}: {faults[0][1]}.')
     asked = [[(r, fmean(ns), len(ns)) for r,ns in o.values()] for o in asked.values()]
     every, dpo = [o for q in asked for o in q], []
     for q in asked:

@@ -39,6 +39,22 @@ def test_a_pressed_button_hands_the_keys_back_to_the_field(page, lab):
     expect(panel.get_by_label('key', exact=True)).to_be_focused()
     assert kept(lab)[-1]['choice']=='skip'
 
+def test_keys_pressed_faster_than_pairs_are_seen_rate_one_pair(lab, show):
+    from playwright.sync_api import expect
+    (lab[1]/'fast.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in ROWS))
+    page = show('fast', CELL.replace('answers', 'fast'))
+    panel = page.locator('.ftnb-panel').first
+    field = panel.get_by_label('key', exact=True)
+    field.focus()
+    page.wait_for_timeout(300)
+    page.keyboard.type('121')
+    expect(panel.get_by_text('Pair 2 of 4')).to_be_visible()
+    expect(field).to_have_value('')
+    page.wait_for_timeout(300)
+    page.keyboard.press('2')
+    expect(panel.get_by_text('Pair 3 of 4')).to_be_visible()
+    assert [json.loads(l)['choice'] for l in (lab[1]/'fast_ratings.jsonl').read_text().splitlines()]==['a', 'b']
+
 def test_it_can_be_read_by_everyone(page, tmp_path):
     read_by_everyone(page, tmp_path)
 
