@@ -2000,6 +2000,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftnb.trl_script._model': ('trl_script.html#_model', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script._quantised': ('trl_script.html#_quantised', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script._sampling': ('trl_script.html#_sampling', 'ftnb/trl_script.py'),
+                                 'ftnb.trl_script._targets': ('trl_script.html#_targets', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script._trainer': ('trl_script.html#_trainer', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script._types': ('trl_script.html#_types', 'ftnb/trl_script.py'),
                                  'ftnb.trl_script.compute_type': ('trl_script.html#compute_type', 'ftnb/trl_script.py'),

@@ -16,11 +16,13 @@ from importlib.metadata import version
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
+from .adapter_config import adapter_config
 from .base import UserError
 from .fields import Recipe
+from .full import rows_only
 from .loss import Counted, Trainer
 from .method_rules import losses_of
-from .tune import lora_config, make_trainable
+from .tune import make_trainable, trains
 
 # %% ../nbs/33b_prefer.ipynb #c33b8cb2
 orpo_places = ('trl.experimental.orpo', 'trl', 'trl.trainer.orpo_trainer')
@@ -102,13 +104,17 @@ def in_order(
 def build_trainer(
     r:Recipe,
     model, # As `load_model` gives it, or with an adapter that training goes on from
+    steps:int=None, # Optimizer steps of the run, for AdaLoRA
+    batches=None, # First batches of the training data, for `init_lora_weights: eva`
     **kw, # What all of TRL's trainers take
 ):
     "TRL's trainer for a recipe's method, with what it trains and what it compares with"
     fresh = not hasattr(model, 'peft_config')
-    if r.method in ('sft', 'orpo'): return (Trainer if r.method=='sft' else orpo_trainer())(model=make_trainable(model, r) if fresh else model, **kw)
+    if r.method in ('sft', 'orpo'): return (Trainer if r.method=='sft' else orpo_trainer())(model=make_trainable(model, r, steps, batches) if fresh else model, **kw)
     cls = DPO if r.method=='dpo' else KTO
     if r.peft=='full':
         ref = None if r.precompute_ref_log_probs else deepcopy(model).requires_grad_(False)
         return cls(model=make_trainable(model, r), ref_model=ref, **kw)
-    return cls(model=model, peft_config=lora_config(r, model) if fresh else None, **kw)
+    out = cls(model=trains(model), peft_config=adapter_config(r, model, steps) if fresh else None, **kw)
+    if r.new_tokens: rows_only(out.model)
+    return out

@@ -17,6 +17,7 @@ from .arguments import learning_rate, training_args
 from .base import UserError, disk_error
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, quiet
 from .measure import Meter, OutOfMemory, is_oom, memory_report, oom_sentence, smaller_batch
+from .method_steps import callbacks_of, first_batches, optimizer_of, steps_of
 from .prefer import build_trainer, in_order, needs_order, row_lengths
 from .runs import Run, inputs_of, peak_memory
 from .tokenizer import run_tokenizer
@@ -49,9 +50,11 @@ def make_trainer(
     args = training_args(r, run, row_lengths(r.method, train), valid is not None and r.eval_strategy!='no')
     model = fit_vocabulary(load_model(r), tok)
     stop = Stopper(run)
-    calls = [Monitor(run), stop]
+    calls = [Monitor(run), stop, *callbacks_of(r)]
     if r.early_stopping_patience: calls.append(EarlyStoppingCallback(r.early_stopping_patience, r.early_stopping_threshold))
-    trainer = build_trainer(r, model, args=args, train_dataset=train, eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
+    trainer = build_trainer(r, model, steps_of(args, len(train)), first_batches(train) if r.init_lora_weights=='eva' else None, args=args, train_dataset=train,
+        eval_dataset=valid if args.eval_strategy!='no' else None, processing_class=tok, callbacks=calls)
+    trainer.optimizer = optimizer_of(trainer.model, r, args)
     if in_notebook(): trainer.remove_callback(PrinterCallback) # the curve shows the same
     trainer.add_callback(RunLog(run, trainer))
     trainer.stopper, trainer.meter = stop, Meter(args.device.type=='cuda')

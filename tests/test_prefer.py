@@ -80,9 +80,9 @@ def test_batch_loss_and_gradients_are_those_of_trls_trainer_on_the_text(tiny, to
         for n,p in model.named_parameters():
             if 'lora_' in n and '.ref.' not in n: p.data.normal_(0, .1)
     mine = build_trainer(r, load_model(r), args=args(), train_dataset=in_order(r, ours), processing_class=tokenizer)
-    from ftnb.tune import lora_config
+    from ftnb.adapter_config import adapter_config
     parent, model = PARENTS.get(method) or find_orpo()[1], load_model(r)
-    theirs = parent(model=model, args=args(), train_dataset=texts, processing_class=tokenizer, peft_config=lora_config(r, model) if peft=='lora' else None)
+    theirs = parent(model=model, args=args(), train_dataset=texts, processing_class=tokenizer, peft_config=adapter_config(r, model) if peft=='lora' else None)
     for t in (mine, theirs): start(t.model)
     (a, la, ga), (b, lb, gb) = first(mine), first(theirs)
     tensors = {k for k,v in b.items() if isinstance(v, torch.Tensor)}
