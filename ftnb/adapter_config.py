@@ -91,8 +91,8 @@ def _targets(r, m, look, names):
     if 'target_modules' not in names or m.kind in ('prompt', 'own'): return {}
     experts = adapts_experts(r.peft)
     place = dict(exclude=r.lora_exclude_modules, layers=r.layers_to_transform, pattern=r.layers_pattern)
-    ms = [o for o,_ in wrapped(look, r.lora_target_modules, r.lora_r if m.kind=='lora' else 1, r.lora_modules_to_save or (), m.targets, experts, **place)]
-    want = resolve(look, r.lora_target_modules, m.targets, experts) if isinstance(r.lora_target_modules, list) or r.lora_target_modules.lower()!='all-linear' or experts and look.model_type in expert_names and r.layers_to_transform is not None else 'all-linear'
+    ms = [o for o,_ in wrapped(look, r.lora_target_modules, r.lora_r if m.kind=='lora' else 1, r.lora_modules_to_save or (), m.targets, experts, strict=True, **place)]
+    want = resolve(look, r.lora_target_modules, m.targets, experts) if isinstance(r.lora_target_modules, list) or r.lora_target_modules.lower()!='all-linear' or experts and look.model_type in expert_names else 'all-linear'
     if want=='all-linear' and (m.targets!='linear' or r.layers_to_transform is not None or look.model_type in expert_names and not experts): want = resolve(look, 'all-linear', m.targets, experts)
     out = dict(target_modules=want, **fitted(r.peft, ms, {**m.args, **(r.peft_args or {})}))
     if r.peft=='ia3' and 'feedforward_modules' not in (r.peft_args or {}): out['feedforward_modules'] = sorted({o.name for o in ms if look.layout and o.name==look.layout.down})

@@ -100,7 +100,7 @@ def resolve(
         raise UserError(f'lora_target_modules: {targets!r} is an expression, which can not be counted for {arch.model_type}. Give a list of names.')
     out, known = [], {m.name for m in arch.modules()}
     for t in given:
-        if t.lower()=='all-linear': out += [*family_rule(arch, rule), *(('gate', *moe[0], moe[1]) if moe and rule=='linear' else ())]
+        if t.lower()=='all-linear': out += [*family_rule(arch, rule), *((*moe[0], moe[1]) if moe and rule=='linear' else ())]
         elif rule=='writes' and t in ('houlsby', 'pfeiffer') and arch.layout: out += [arch.layout.out, arch.layout.down][t=='pfeiffer':]
         elif t in ('attention', 'mlp') and t not in known:
             if not (names := halves(arch, experts)[t]): raise UserError(f'lora_target_modules: {t} has no linear layers in {arch.model_type} that this method could take; name the layers: {", ".join(family_rule(arch, "linear"))}.')
@@ -140,6 +140,7 @@ def wrapped(
     exclude=None, # lora_exclude_modules
     layers=None, # layers_to_transform
     pattern:str=None, # layers_pattern
+    strict:bool=False, # Refuse a name that is no layer even if others are, which PEFT does not
 )->list: # (module, rank)
     "Every module that gets an adapter"
     mods, names, extra = arch.modules(), resolve(arch, targets, rule, experts), []
@@ -147,7 +148,7 @@ def wrapped(
     if experts and arch.model_type in expert_names: extra, names = split_experts(arch, names, r)
     if not isinstance(names, str): names = set(names)
     if isinstance(names, str) and layers is not None: raise UserError(f'layers_to_transform: {names!r} is an expression that picks the layers already; name them in a list.')
-    for t in names if isinstance(names, set) else ():
+    for t in names if strict and isinstance(names, set) else ():
         if not any(matches(m, {t}) for m in mods): raise UserError(f'lora_target_modules: {t!r} is no layer of {arch.model_type}.{nearest(t, have)} Its linear layers: {", ".join(have)}.')
     skip = [re.compile(rf'(^|.*\.){s}($|\..*)') for s in saved]
     hits = [m for m in mods if matches(m, names) and not any(s.match(m.path) for s in skip) and not left_out(m, exclude, layers, pattern)]

@@ -6,10 +6,12 @@
 __all__ = ['trl_assumes', 'row_lengths', 'trainer_values', 'compute_type', 'script', 'trl_values', 'trl_yaml']
 
 # %% ../nbs/43a_trl_script.ipynb #e0eb4ff4
+from .arch import Arch
 from .base import UserError
 from .fields import defaults
-from .models import known_models, model_path
+from .models import known_models, model_path, read_config
 from .runs import Run
+from .targets import expert_names, resolve
 from .tokenizer import load_tokenizer
 
 # %% ../nbs/43a_trl_script.ipynb #6f66f431
@@ -122,6 +124,11 @@ model.config.use_cache = False
 '''
 
 # %% ../nbs/43a_trl_script.ipynb #1177b862
+def _targets(r):
+    "`lora_target_modules` as PEFT gets them: the experts of a mixture by their names, without the router"
+    config = read_config(r.model_name_or_path, r.model_revision)
+    return resolve(Arch.read(config), r.lora_target_modules, experts=True) if config.get('model_type') in expert_names else r.lora_target_modules
+
 def _adapter(r):
     "Lines that put the adapter around `model`, or make all of it trainable"
     if r.peft=='full': return '# All weights are trained.\nmodel.requires_grad_(True)\n'
@@ -130,7 +137,7 @@ def _adapter(r):
 for m in model.modules():
     if type(m).__name__ == 'Linear4bit': m.support_avx512bf16_for_cpu = False
 '''
-    kw = dict(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, target_modules=r.lora_target_modules, task_type='CAUSAL_LM')
+    kw = dict(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, target_modules=_targets(r), task_type='CAUSAL_LM')
     if r.lora_bias!='none': kw['bias'] = r.lora_bias
     if r.lora_modules_to_save: kw['modules_to_save'] = r.lora_modules_to_save
     kw |= {k: getattr(r, k) for k in ('use_rslora', 'use_dora', 'layers_to_transform', 'layers_pattern', 'rank_pattern', 'alpha_pattern') if getattr(r, k)}

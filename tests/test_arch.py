@@ -14,6 +14,7 @@ from torch import nn
 from ftnb.adapters import trained
 from ftnb.arch import Arch, Linear, defaults, families
 from ftnb.base import UserError
+from ftnb.targets import expert_names, resolve
 
 tiny = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=160, intermediate_size=96)
 experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -99,6 +100,7 @@ def test_active_params(name):
 # ---- what PEFT trains
 
 def real_trained(cfg, **lora):
+    if lora['target_modules']=='all-linear' and cfg['model_type'] in expert_names: lora['target_modules'] = resolve(Arch.read(cfg), 'all-linear', experts=True) # without the router
     model = get_peft_model(real(cfg), LoraConfig(r=8, task_type='CAUSAL_LM', **lora))
     return Counter(tuple(p.shape) for p in model.parameters() if p.requires_grad)
 
