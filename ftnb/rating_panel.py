@@ -185,7 +185,7 @@ def _html(self:RatingPanel, said='', kind='help')->dict:
     skipped = sum(r['choice']=='skip' for r in self.done.values())
     told = ''.join([note(said, kind), *(note(t, k) for k,t in self.notes)])
     files = f'<h4>Files</h4>{self.saved.table._repr_html_()}'+''.join(f'<div><code>method: {m}</code> with <code>dataset: {esc(f)}</code></div>' for m,f in self.files.items()) if self.files else ''
-    score = f'<h4>Preferred</h4>{t._repr_html_()}' if (t := self.preferred()) else ''
+    score = t._repr_html_() if (t := self.preferred()) else ''
     return dict(progress=f'{_style}<div role="status" aria-live="polite"><span class="ftnb-big">{at}</span>{f" · {skipped} skipped" if skipped else ""}{bar}{told}</div>', pair=pair_html(p) if p else '', result=score+files)
 
 @patch

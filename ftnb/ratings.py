@@ -85,7 +85,7 @@ class Preferences:
         yes = sum(r['label'] for r in self.kto)
         rows = [('came in', sum(self.came.values()), 'rows'), *((k, n, '') for k,n in self.came.items() if n), ('DPO', len(self.dpo), 'pairs'), ('KTO', len(self.kto), f'answers: {yes} wanted, {len(self.kto)-yes} not'), *((k, n, 'make no row') for k,n in self.left.items() if n)]
         why = Counter(w for _,w in self.faults).most_common(3)
-        return Table(rows+[('faulty', n, w) for w,n in why], cols=['what', 'number', 'note'], title=self.said)
+        return Table(rows+[('reason', n, w) for w,n in why], cols=['what', 'number', 'note'], title=self.said)
     def __repr__(self): return repr(self.table)
     def _repr_html_(self): return self.table._repr_html_()
 

@@ -22,13 +22,13 @@ def test_pairs_are_rated_by_keyboard_alone(page, lab, tmp_path):
     photograph(page, tmp_path/'first.png')
     field = panel.get_by_label('key', exact=True)
     field.focus()
-    for i,k in enumerate(('1', 'B', 'u', '0'), 1):
+    for k,n in (('121', 2), ('B', 3), ('u', 2), ('0', 3)): # keys that come faster than the next pair can be seen rate one pair
         page.wait_for_timeout(300)
-        page.keyboard.press(k)
-        expect(panel.get_by_text(f'Pair {(2, 3, 2, 3)[i-1]} of 4')).to_be_visible()
+        page.keyboard.type(k)
+        expect(panel.get_by_text(f'Pair {n} of 4')).to_be_visible()
         expect(field).to_have_value('')
     assert [(r.get('choice'), r.get('undo')) for r in kept(lab)]==[('a', None), ('b', None), (None, True), ('both', None)]
-    assert page.locator('.jp-Notebook .jp-Cell').count()==1 and page.locator('.jp-CodeCell').count()==1 # no key was a shortcut of the notebook
+    assert page.locator('.jp-Cell').count()==page.locator('.jp-CodeCell').count()==1 # no key was a shortcut of the notebook
 
 def test_a_pressed_button_hands_the_keys_back_to_the_field(page, lab):
     from playwright.sync_api import expect
@@ -38,22 +38,6 @@ def test_a_pressed_button_hands_the_keys_back_to_the_field(page, lab):
     expect(panel.get_by_text('Pair 4 of 4')).to_be_visible()
     expect(panel.get_by_label('key', exact=True)).to_be_focused()
     assert kept(lab)[-1]['choice']=='skip'
-
-def test_keys_pressed_faster_than_pairs_are_seen_rate_one_pair(lab, show):
-    from playwright.sync_api import expect
-    (lab[1]/'fast.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in ROWS))
-    page = show('fast', CELL.replace('answers', 'fast'))
-    panel = page.locator('.ftnb-panel').first
-    field = panel.get_by_label('key', exact=True)
-    field.focus()
-    page.wait_for_timeout(300)
-    page.keyboard.type('121')
-    expect(panel.get_by_text('Pair 2 of 4')).to_be_visible()
-    expect(field).to_have_value('')
-    page.wait_for_timeout(300)
-    page.keyboard.press('2')
-    expect(panel.get_by_text('Pair 3 of 4')).to_be_visible()
-    assert [json.loads(l)['choice'] for l in (lab[1]/'fast_ratings.jsonl').read_text().splitlines()]==['a', 'b']
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
     read_by_everyone(page, tmp_path)
