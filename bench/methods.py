@@ -123,7 +123,7 @@ def main():
     from ftnb.runs import hardware, versions
     budget = dict(model=a.model, steps=a.steps, batch=a.batch, rows=a.rows, rates=a.rates, seed=a.seed, cpu=a.cpu)
     old = read_json(a.out, {})
-    res = dict(budget=budget, rows=old['rows'] if old.get('budget')==budget and not a.again else {}, rates={k: dict(rate=v, why=w) for k,(v,w) in rates.items() if k in names or not a.methods})
+    res = dict(budget=budget, rows=old['rows'] if old.get('budget')==budget and not a.again else {})
     with tempfile.TemporaryDirectory() as d:
         for name in names:
             if name in res['rows'] and 'error' not in res['rows'][name]: print(f'{name}: done before', flush=True); continue
@@ -131,7 +131,7 @@ def main():
             t = time.time()
             res['rows'][name] = got = measure(a, d, name)
             got['seconds'] = round(time.time()-t, 1)
-            res.update(versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, threads=os.environ.get('OMP_NUM_THREADS'), command=' '.join(['python', 'bench/methods.py', *[x for x in sys.argv[1:] if x!='--again']]))
+            res.update(rates={k: dict(rate=v, why=w) for k,(v,w) in rates.items() if k in res['rows']}, versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, threads=os.environ.get('OMP_NUM_THREADS'), command=' '.join(['python', 'bench/methods.py', *[x for x in sys.argv[1:] if x!='--again']]))
             write_json(a.out, res)
             print(f'{name}: {got.get("error") or {k: v for k,v in got.items() if k not in ("rows", "losses")}}', flush=True)
             for f in Path(d).glob(f'{name}-*'): shutil.rmtree(f)
