@@ -56,7 +56,7 @@ def trained(
     bottleneck_size:int=64, # Width of a bottleneck adapter
     peft_args:dict=None, # More arguments of the method
     tokens=None, # Numbers of tokens whose embeddings are trained
-    **place, # exclude, layers, pattern: as in `wrapped`
+    **place, # exclude, layers, pattern, strict: as in `wrapped`
 )->list: # Of `Trained`
     "Every tensor a run trains; raises `UserError` for a name that is no layer or a method that is unknown"
     if peft not in methods: raise UserError(f'peft: {peft!r} is not one of {", ".join(methods)}.{nearest(peft, methods)}')
@@ -115,7 +115,7 @@ class Trains(NamedTuple):
 
 def place_of(r:Recipe)->dict:
     "The recipe's exclude, layers and pattern, as `wrapped` takes them"
-    return dict(exclude=r.lora_exclude_modules, layers=r.layers_to_transform, pattern=r.layers_pattern)
+    return dict(exclude=r.lora_exclude_modules, layers=r.layers_to_transform, pattern=r.layers_pattern, strict=True)
 
 def trained_by(
     arch:Arch,

@@ -1,0 +1,239 @@
+"Every method of the table: counted, trained, saved, loaded in a fresh process, merged, on quantised bases, or refused"
+import copy, json, re, subprocess, sys
+import pytest, torch
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from conftest import make_tiny
+from ftnb.adapter_config import config_of
+from ftnb.adapters import trained_by
+from ftnb.arch import Arch
+from ftnb.base import UserError
+from ftnb.load import load_model
+from ftnb.methods import methods, not_offered
+from ftnb.packing import logit_difference
+from ftnb.recipe import make_recipe
+from ftnb.tune import make_trainable
+
+SIZES = dict(vera=dict(r=16), pvera=dict(r=16), hra=dict(r=4), miss=dict(r=8), randlora=dict(r=8), fourierft=dict(n_frequency=20), waveft=dict(n_frequency=20), vblora=dict(num_vectors=8), shira=dict(r=4), gralora=dict(r=8),
+    hira=dict(r=8), psoft=dict(r=8), peanut=dict(r=4), supertuning=dict(sparsity=.9), llama_adapter=dict(adapter_layers=2), adalora=dict(total_step=10))
+NAMES = [n for n in methods if n not in ('full', 'qlora')]
+IDS = torch.randint(5, 500, (2, 12), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+LABELS = torch.where(torch.arange(12)<5, -100, IDS)
+
+def recipe(folder, name, **kw):
+    own = dict(lora_r=4, lora_alpha=8) if methods[name].kind=='lora' else dict(trainable_token_indices=[3, 4, 5]) if name=='trainable_tokens' else {}
+    args = dict(peft_args=SIZES[name]) if name in SIZES else {}
+    return make_recipe({**dict(model_name_or_path=str(folder), dtype='float32', use_cpu=True, peft=name, num_virtual_tokens=5, bottleneck_size=8), **own, **args, **kw})
+
+def logits(model):
+    "Those of the text itself, without virtual tokens"
+    with torch.no_grad(): return model.eval()(input_ids=IDS, attention_mask=MASK).logits[:, -IDS.shape[1]:]
+
+def effect(model):
+    "What the adapter changes"
+    on = logits(model)
+    with model.disable_adapter(): return on-logits(model)
+
+def steps(model, n=3):
+    "Losses of a few steps of AdamW"
+    opt, out = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3), []
+    model.train()
+    for i in range(n):
+        loss = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+        loss.backward()
+        opt.step()
+        if hasattr(model.base_model, 'update_and_allocate'): model.base_model.update_and_allocate(i)
+        opt.zero_grad()
+        out.append(loss.item())
+    return out
+
+class Walk:
+    "Trains each method once and keeps what the tests ask for"
+    def __init__(self, folder):
+        self.folder, self.done = folder, {}
+        self.tiny = make_tiny(folder/'tiny', hidden_size=64, intermediate_size=128)
+        self.base = load_model(recipe(self.tiny, 'lora'))
+        self.plain = logits(self.base)
+    def new(self, name, base=None, **kw):
+        torch.manual_seed(0)
+        r = recipe(self.tiny, name, **kw)
+        return make_trainable(copy.deepcopy(self.base) if base is None else base, r), r
+    def __call__(self, name):
+        if name in self.done: return self.done[name]
+        model, r = self.new(name)
+        w = dict(model=model, recipe=r, computed=sorted(p.numel() for p in model.parameters() if p.requires_grad), before={n: p.detach().clone() for n,p in model.named_parameters()})
+        out = model.train()(input_ids=IDS, attention_mask=MASK, labels=LABELS)
+        out.logits.retain_grad()
+        out.loss.backward()
+        w['loss'], w['at'] = out.loss.item(), out.logits.grad[:, -IDS.shape[1]:].abs().sum(-1)
+        w['gradients'] = {n for n,p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        w['losses'] = steps(model)
+        w['logits'] = logits(model)
+        w['folder'] = self.folder/name
+        model.save_pretrained(w['folder'])
+        return self.done.setdefault(name, w)
+
+@pytest.fixture(scope='module')
+def walk(tmp_path_factory): return Walk(tmp_path_factory.mktemp('methods'))
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_is_counted_is_what_is_trained(walk, name):
+    w = walk(name)
+    assert sorted(t.params for t in trained_by(Arch.read(walk.tiny), w['recipe']))==w['computed']
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_learns_and_the_base_stays_bit_for_bit(walk, name):
+    w = walk(name)
+    assert torch.isfinite(torch.tensor([w['loss'], *w['losses']])).all() and w['losses'][-1]<w['losses'][0]
+    now = dict(w['model'].named_parameters())
+    same = {n for n,p in w['before'].items() if torch.equal(p, now[n])}
+    assert same=={n for n,p in now.items() if not p.requires_grad}
+
+@pytest.mark.parametrize('name', NAMES)
+def test_frozen_weights_and_masked_tokens_get_no_gradient(walk, name):
+    w = walk(name)
+    assert w['gradients']=={n for n,p in w['model'].named_parameters() if p.requires_grad}
+    learns = torch.cat([LABELS[:, 1:]!=-100, torch.zeros(2, 1, dtype=torch.bool)], 1)
+    assert torch.equal(w['at']!=0, learns)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_turned_off_it_leaves_the_base(walk, name):
+    w = walk(name)
+    with w['model'].disable_adapter(): assert torch.equal(logits(w['model']), walk.plain)
+    assert (w['logits']-walk.plain).abs().max()>1e-4
+
+FRESH = '''
+import copy, json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+import ftnb.bottleneck
+job = json.load(open(sys.argv[1]))
+base, ids = AutoModelForCausalLM.from_pretrained(job['base'], dtype=torch.float32), torch.tensor(job['ids'])
+torch.manual_seed(7)
+out = {}
+for name, folder in job['folders'].items():
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    with torch.no_grad(): out[name] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1]:].clone()
+torch.save(out, job['out'])
+'''
+@pytest.fixture(scope='module')
+def again(walk):
+    "The logits of every saved adapter, loaded in another process"
+    job = walk.folder/'job.json'
+    job.write_text(json.dumps(dict(base=walk.tiny, ids=IDS.tolist(), folders={n: str(walk(n)['folder']) for n in NAMES}, out=str(walk.folder/'out.pt'))))
+    p = subprocess.run([sys.executable, '-c', FRESH, str(job)], capture_output=True, text=True)
+    assert p.returncode==0, p.stderr[-2000:]
+    return torch.load(walk.folder/'out.pt')
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loaded_in_a_fresh_process_it_says_the_same(walk, again, name): assert torch.allclose(again[name], walk(name)['logits'], atol=1e-5)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_token_sees_a_later_one(walk, name):
+    w = walk(name)
+    later = IDS.clone()
+    later[:, 8:] = 7
+    with torch.no_grad(): got = w['model'].eval()(input_ids=later, attention_mask=MASK).logits[:, -12:]
+    assert torch.allclose(got[:, :8], w['logits'][:, :8], atol=1e-5)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_packing_is_offered_where_rows_do_not_leak(walk, name):
+    try: packs = logit_difference(walk(name)['model'])<1e-4
+    except (RuntimeError, ValueError): packs = False
+    assert packs==methods[name].packs
+    if not packs:
+        with pytest.raises(UserError, match='packing: true does not go'): recipe(walk.tiny, name, packing=True)
+
+def checkpointed(walk, name):
+    "(gradients, gradients with activations recomputed)"
+    model, _ = walk.new(name)
+    out = []
+    for on in (False, True):
+        model.zero_grad()
+        if on: model.enable_input_require_grads(); model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        torch.manual_seed(1)
+        model.train()(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+        out.append({n: p.grad.clone() for n,p in model.named_parameters() if p.requires_grad})
+    return out
+
+@pytest.mark.parametrize('name', NAMES)
+def test_recomputed_activations_give_the_same_gradients_or_are_refused(walk, name):
+    try: a, b = checkpointed(walk, name)
+    except RuntimeError: assert not methods[name].checkpoints
+    else: assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)==methods[name].checkpoints
+    if not methods[name].checkpoints:
+        with pytest.raises(UserError, match='activation_checkpointing: true does not go'): recipe(walk.tiny, name, activation_checkpointing=True)
+
+# merged
+
+@pytest.mark.parametrize('name', [n for n in NAMES if methods[n].merges])
+def test_merged_it_says_the_same(walk, name):
+    w = walk(name)
+    got = logits(PeftModel.from_pretrained(copy.deepcopy(walk.base), w['folder']).merge_and_unload(safe_merge=True))
+    assert (got-w['logits']).abs().max()<1e-4*w['logits'].abs().max()
+
+@pytest.mark.parametrize('name', [n for n in NAMES if not methods[n].merges])
+def test_what_can_not_merge_is_refused(walk, name):
+    with pytest.raises(UserError, match='can not become part of the weights'): recipe(walk.tiny, name, export_formats=['merged'])
+    assert recipe(walk.tiny, name).export_formats==['adapter']
+    with pytest.raises((UserError, AttributeError, NotImplementedError, ValueError)): PeftModel.from_pretrained(copy.deepcopy(walk.base), walk(name)['folder']).merge_and_unload(safe_merge=True)
+
+# quantised bases
+
+@pytest.fixture(scope='module', params=[8, 4], ids=['8 bit', '4 bit'])
+def quantised(request, walk):
+    pytest.importorskip('bitsandbytes')
+    return request.param, load_model(recipe(walk.tiny, 'lora', **{f'load_in_{request.param}bit': True}))
+
+def stands(walk, name, bits, base):
+    "Whether an adapter trained on whole weights means the same on quantised ones, and trains there with the base untouched"
+    want = effect(walk(name)['model'])
+    try:
+        got = effect(PeftModel.from_pretrained(copy.deepcopy(base), walk(name)['folder']))
+        model, _ = walk.new(name if bits==8 or name!='lora' else 'qlora', copy.deepcopy(base))
+        before = {n: p.detach().clone() for n,p in model.named_parameters() if not p.requires_grad}
+        losses = steps(model)
+    except (RuntimeError, TypeError, ValueError): return False
+    same = all(torch.equal(before[n], p) for n,p in model.named_parameters() if n in before)
+    return torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0)>.9 and same and losses[-1]<losses[0]
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', NAMES)
+def test_a_quantised_base_is_offered_where_it_works(walk, quantised, name):
+    bits, base = quantised
+    assert stands(walk, name, bits, base)==(bits in methods[name].bits)
+    if bits not in methods[name].bits:
+        with pytest.raises(UserError, match=f'load_in_{bits}bit: .* can not stand on a base in {bits} bits'): recipe(walk.tiny, name, **{f'load_in_{bits}bit': True})
+
+# the table
+
+def test_the_table_and_what_is_not_offered_cover_all_of_peft():
+    offered = {t.value for m in methods.values() if m.config for t,c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if c is config_of(m.name)}-{'BOTTLENECK'}
+    assert len(set(NAMES))>=20 and {'lora', 'prefix', 'prompt', 'ptuning', 'ia3', 'bottleneck', 'llama_adapter'}<=set(NAMES) and 'qlora' in methods
+    assert not offered & set(not_offered)
+    assert offered | set(not_offered)=={t.value for t in PeftType}-{'BOTTLENECK'}
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = dict(mistral={}, qwen2={}, qwen3=dict(head_dim=32), gemma=dict(head_dim=32), gemma2=dict(head_dim=32), gemma3_text=dict(head_dim=32), phi={}, phi3={}, granite={}, falcon=dict(new_decoder_architecture=True, num_kv_heads=2),
+    falcon_7b=dict(bias=True), mixtral=dict(num_local_experts=4, num_experts_per_tok=2))
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_is_counted_as_peft_makes_it(family, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    kind = family.split('_7b')[0]
+    config = AutoConfig.for_model(kind, **{**{k:v for k,v in SMALL.items() if kind!='falcon' or k not in ('num_key_value_heads', 'intermediate_size')}, **FAMILIES[family]})
+    base, arch = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation='eager'), Arch.read(config.to_dict())
+    for name in NAMES:
+        r, wrong = recipe(tmp_path, name), None
+        try: counted = sorted(t.params for t in trained_by(arch, r))
+        except UserError as e: counted, wrong = None, e
+        try: model = make_trainable(copy.deepcopy(base), r)
+        except UserError as e: assert wrong, f'{name}: {e}'
+        else:
+            real = sorted(p.numel() for p in model.parameters() if p.requires_grad)
+            if wrong: # counting refuses what PEFT builds and can't run
+                with pytest.raises(RuntimeError): model(input_ids=IDS%300, labels=IDS%300)
+            else: assert counted==real, f'{name}: {sum(counted)} counted, {sum(real)} real'
