@@ -11,7 +11,7 @@ from collections import Counter
 
 from .base import Table, new_figure
 from .language import language_shares
-from .measures import Balance, Capped, Conflicts, Forms, NearRows, Sample, answer_form, length_report, sides
+from .measures import Balance, Capped, Conflicts, Forms, NearRows, Sample, answer_form, length_report, sides, unwanted
 from .near import near_groups, terms
 
 # %% ../nbs/22f_describe.ipynb #81b2ac23
@@ -56,6 +56,7 @@ class Describe:
         self.tokens, self.trained, self.sample = array('I'), array('I'), Sample(sample, seed)
         self.asked, self.said, self.forms, self.balance, self.conflicts = Capped(), Capped(), Forms(), Balance(), Conflicts()
         self.near = NearRows(near_threshold, seed) if near_threshold else None
+        self.bad_said, self.bad_forms = Capped(), Forms() # of rejected and unwanted answers
 
     def add(self,
         rec:dict, # A record in normal form
@@ -68,16 +69,20 @@ class Describe:
         self.splits[split] += 1
         if split!='train': return self.rows
         system, q, a = sides(rec)
-        form, value = answer_form(a)
         self.tokens.append(n_tokens)
         self.trained.append(n_trained)
         self.sample.add((q[:2000], a[:2000]))
         if q: self.asked.add(opening(q))
+        if self.near: self.near.add(self.rows, q or a)
+        if (bad := unwanted(rec)) is not None:
+            self.bad_said.add(opening(bad))
+            self.bad_forms.add(bad, *answer_form(bad))
+            if rec.get('label') is False: return self.rows
+        form, value = answer_form(a)
         self.said.add(opening(a))
         self.forms.add(a, form, value)
         self.balance.add(a, value)
-        self.conflicts.add(self.rows, system, q, a)
-        if self.near: self.near.add(self.rows, q or a)
+        if 'prompt' not in rec: self.conflicts.add(self.rows, system, q, a) # several wanted answers to one prompt are no conflict
         return self.rows
 
     def report(self)->dict:
@@ -87,6 +92,7 @@ class Describe:
             language=language_shares(self.sample.items), sampled=len(self.sample.items), distinct=dict(questions=distinct(qs), answers=distinct(ans)), clusters=clusters(qs),
             openings=dict(questions=self.asked.top(), answers=self.said.top()), format=self.forms.report(), classes=self.balance.report(), conflicts=self.conflicts.report(),
             near=self.near.report() if self.near else None)
+        if self.bad_said.seen: r['rejected'] = dict(self.bad_forms.report(), answers=self.bad_said.seen, openings=self.bad_said.top())
         return dict(r, notes=[dict(check=c, verdict=v, text=t) for c,v,t in notes(r)])
 
 # %% ../nbs/22f_describe.ipynb #5a66d8be
@@ -112,6 +118,10 @@ def notes(r:dict): # Generator of (check, `note` or `warn`, text)
     if forms.get('prose', 0)>.5 and .1<r['format']['closed']<.9: yield 'format', 'note', f'{pct(r["format"]["closed"])} of the answers end with a closing sign; the model will stop in mid-sentence as often as the rest do'
     for c in r['classes']:
         if c['values']>1 and c['majority']>.8: yield 'classes', 'warn', f'{pct(c["majority"])} of {c["field"] or "the answers"} are {next(iter(c["shares"]))!r}: always saying so would be right as often'
+    if bad := r.get('rejected'):
+        (f, s), (g, t) = (max(o.items(), key=lambda v: v[1], default=('', 0)) for o in (forms, bad['forms']))
+        if f!=g and s>.8 and t>.8: yield 'sides', 'note', f'{pct(s)} of the wanted answers are {f} and {pct(t)} of the unwanted ones {g}: the form alone tells them apart'
+        if (o := bad['openings'][:1]) and bad['answers']>=20 and o[0]['share']>.2: yield 'sides', 'note', f'{pct(o[0]["share"])} of the unwanted answers begin with {o[0]["what"]!r}: the model may learn no more than to avoid that'
     top = r['openings']['answers'][:1]
     if top and n>=20 and top[0]['share']>.2 and not r['classes'] and whole<.5: yield 'variety', 'note', f'{pct(top[0]["share"])} of the answers begin with {top[0]["what"]!r}'
 
@@ -146,6 +156,9 @@ def _text_tables(r, pct):
     for k,os in r['openings'].items(): out.append(Table([(o['what'], pct(o['share'])) for o in os if o['rows']>1], cols=['opening', 'rows'], title=f'Most repeated openings of {k}'))
     out.append(Table([(o['rows'], pct(o['share']), o['example']) for o in r['clusters']], cols=['rows', 'share', 'example'], title=f'Kinds of prompts, among {r["sampled"]:,} sampled'))
     out.append(Table([*((k, pct(v)) for k,v in r['format']['forms'].items()), ('ends with a closing sign', pct(r['format']['closed']))], cols=['form', 'answers'], title='Form of the answers'))
+    if bad := r.get('rejected'):
+        out.append(Table([*((k, pct(v)) for k,v in bad['forms'].items()), ('ends with a closing sign', pct(bad['closed']))], cols=['form', 'answers'], title=f'Form of the {bad["answers"]:,} rejected or unwanted answers'))
+        out.append(Table([(o['what'], pct(o['share'])) for o in bad['openings'] if o['rows']>1], cols=['opening', 'rows'], title='Most repeated openings of rejected or unwanted answers'))
     out += [Table(_bars((v, s, pct(s)) for v,s in c['shares'].items()), cols=['value', 'rows', ''], title=f'Values of {c["field"] or "the answer"} ({c["values"]})') for c in r['classes'] if c['values']>1]
     if n := r['near']: out.append(Table([(*e['rows'], e['similarity'], e['earlier'], e['text']) for e in n['examples']], cols=['row', 'and row', 'similarity', 'earlier', 'later'],
         title=f'Near duplicates: {n["groups"]:,} groups, {n["extra_rows"]:,} rows beyond the first of each, {n["same_words"]:,} with the same words'))

@@ -21,14 +21,15 @@ from .proof import Proof
 from .runs import Run
 
 # %% ../nbs/29c_saved_proof.ipynb #db541b83
-_styles = dict(trained='background:#4878d038;border-bottom:2px solid #4878d0', context='', cut='background:#d6565638;text-decoration:line-through')
+_blue = 'background:#4878d038;border-bottom:2px solid #4878d0'
+_styles = dict(trained=_blue, context='', chosen=_blue, rejected='background:#d9822b33;border-bottom:2px dashed #c46a10', cut='background:#d6565638;text-decoration:line-through')
 _row = re.compile(r'<div><b>([^<]*)</b></div><pre class="ftnb-row"[^>]*>')
-_part = re.compile(r'<(?:mark|span|del) style="[^"]*" title="(trained|context|cut)">|<span style="[^"]*">([^<]*)</span>')
+_part = re.compile(r'<(?:mark|span|del) style="[^"]*" title="(trained|context|chosen|rejected|cut)">|<span style="[^"]*">([^<]*)</span>')
 
 @dataclass
 class TokenRun:
     "Tokens of one kind that stand together"
-    kind:str # trained, context or cut
+    kind:str # trained, context, chosen, rejected or cut
     n:int=0 # How many
     first:list=field(default_factory=list) # Their text, up to 200
     last:deque=field(default_factory=lambda: deque(maxlen=80)) # The rest, its end
@@ -72,9 +73,10 @@ def read_token_rows(
 )->list: # `TokenRow`s
     "The rows that stage 1 showed as tokens"
     out = []
-    for m in _row.finditer(page):
+    starts = [*_row.finditer(page)]
+    for m,after in zip(starts, [*(m.start() for m in starts[1:]), len(page)]):
         row = TokenRow(html.unescape(m[1]))
-        for kind,text in _part.findall(page, m.end(), page.find('</pre>', m.end())):
+        for kind,text in _part.findall(page, m.end(), page.rfind('</pre>', m.end(), after)): # behind the prompt of a pair its answers follow
             if kind: row.runs.append(TokenRun(kind))
             elif row.runs: row.runs[-1].add(html.unescape(text))
         out.append(row)
