@@ -47,13 +47,16 @@ def anonymous(obj):
     return re.sub(r'(?<![\w:/.])(?:~|[A-Za-z]:\\|/)[^\s"\']*[/\\]([^\s"\'/\\]+)', r'\1', obj)
 
 # %% ../nbs/38_export.ipynb #d3c392e8
-_lines = dict(adapter='''from peft import PeftModel
+_lines = dict(adapter='''{known}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tok = AutoTokenizer.from_pretrained("this/folder")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"), "this/folder")''',
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+{rows}model = PeftModel.from_pretrained(base, "this/folder")''',
     merged='''from transformers import AutoModelForCausalLM, AutoTokenizer
 tok = AutoTokenizer.from_pretrained("this/folder")
 model = AutoModelForCausalLM.from_pretrained("this/folder", dtype="auto")''')
+_known = 'import ftnb.bottleneck # pip install "ftnb[train]"; tells PEFT what a bottleneck adapter is\n'
+_rows = 'if len(tok)>base.get_input_embeddings().num_embeddings: base.resize_token_embeddings(len(tok))\n'
 
 def model_card(
     run:Run,
@@ -67,7 +70,7 @@ def model_card(
     out = ['---', *(f'{k}: {json.dumps(v)}' for k,v in head.items()), '---', '', f'# {run.name}', '']
     out += [f'{"Adapter for" if kind=="adapter" else "Fine-tuned from"} `{base_label(r)}`, made with ftnb {__version__}.', '']
     if known: out += [f'Trained on the 4-bit file `{Path(known["file"]).name}` of the package {known["package"]} {known["version"]}, unpacked to bfloat16; the original weights differ from it by that rounding.', '']
-    out += ['## Load', '', '```python', _lines[kind].format(base=base_label(r)), '```', '', '## Training', '', '| what | value |', '|---|---|']
+    out += ['## Load', '', '```python', _lines[kind].format(base=base_label(r), known=_known*(r.peft=='bottleneck'), rows=_rows*bool(r.new_tokens or r.pad_token=='new')), '```', '', '## Training', '', '| what | value |', '|---|---|']
     how = dict(method=f'{r.method}, {r.peft}'+(f' (r {r.lora_r}, alpha {r.lora_alpha})' if r.peft!='full' else ''), steps=tr.get('steps'), epochs=tr.get('epochs'),
         learning_rate=tr.get('learning_rate'), train_loss=tr.get('train_loss'), eval_loss=tr.get('eval_loss'), seed=r.seed, computed_in=tr.get('dtype'))
     out += [f'| {k} | {v} |' for k,v in how.items() if v is not None]

@@ -119,6 +119,7 @@ class Pair:
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok) if which!='tuned' else None
             self.tuned = load_model(r, dtype=dtype, path=full) if which!='base' else None
         else:
+            if r.peft=='bottleneck': import ftnb.bottleneck # makes it known to PEFT
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok)
             self.tuned = PeftModel.from_pretrained(self.base, str(adapter)) if which!='base' else self.base
 

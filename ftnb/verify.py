@@ -103,7 +103,8 @@ def load_trained(run:Run)->Trained:
     rows = prompts(run, model.config.get_text_config().vocab_size)
     logits = logits_of(model, rows)
     if r.peft=='full': return Trained(model, tok, rows, logits, None, False, d)
-    zero = not any(p.any() for n,p in model.named_parameters() if 'lora_B' in n)
+    last = [p for n,p in model.named_parameters() if any(o in n for o in ('lora_B', 'bottleneck_up', 'trainable_tokens_delta'))] # what is zero in the beginning
+    zero = bool(last) and not any(p.any() for p in last)
     with model.disable_adapter(): off = logits_of(model, rows[:2])
     return Trained(model, tok, rows, logits, distance(logits[:2], off)['logits'], zero, d)
 
@@ -114,6 +115,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 job = json.load(open(sys.argv[1]))
+if job['peft']=='bottleneck': import ftnb.bottleneck
 out = {}
 for name, folder in job['folders'].items():
     tok = AutoTokenizer.from_pretrained(folder)
@@ -150,7 +152,7 @@ def in_fresh_process(
     base = model_path(r.model_name_or_path)
     load = dict(attn_implementation=r.attn_implementation, trust_remote_code=r.trust_remote_code)
     loads = dict(adapter=dict(load, revision=None if os.path.isdir(base) else r.model_revision), merged=load)
-    write_json(job, dict(folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, whole='merged' in r.export_formats, load={k:loads[k] for k in folders}))
+    write_json(job, dict(peft=r.peft, folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, whole='merged' in r.export_formats, load={k:loads[k] for k in folders}))
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONWARNINGS': 'ignore'}
     p = subprocess.run([sys.executable, '-c', script, str(job)], cwd=out, env=env, capture_output=True, text=True)
     if p.returncode==0: return read_json(Path(out)/'said.json')
