@@ -14,19 +14,20 @@ from .base import Table, new_figure
 def evaluate_line(rep:dict)->str:
     "One line: the measure that matters most, base against tuned, with its interval"
     ms = {m['metric']: m for m in rep['metrics']}
-    m = ms.get('field_accuracy') or ms.get('rougeL') or ms['perplexity']
-    pct = m['metric'] in ('field_accuracy', 'rougeL')
+    m = next(ms[k] for k in ('reward_accuracy', 'reward_separation', 'field_accuracy', 'rougeL', 'perplexity') if k in ms)
+    pct = m['metric']!='perplexity'
     f = (lambda x: f'{100*x:.0f} %') if pct else (lambda x: f'{x:.3g}')
     g = (lambda x: f'{100*x:+.0f}') if pct else (lambda x: f'{x:+.3g}')
-    name = dict(field_accuracy='fields right', rougeL='ROUGE-L', perplexity='perplexity')[m['metric']]
-    p = ms['perplexity']
-    tail = f' · perplexity {p["base"]:.3g} → {p["tuned"]:.3g}' if m is not p else ''
+    name = dict(field_accuracy='fields right', rougeL='ROUGE-L', perplexity='perplexity', reward_accuracy='chosen answer preferred', reward_separation='wanted above unwanted')[m['metric']]
+    p, likely = ms.get('perplexity'), ms.get('chosen_likelier_per_token') or ms.get('wanted_likelier_per_token')
+    tail = f' · likelier per token {100*likely["base"]:.0f} % → {100*likely["tuned"]:.0f} %' if likely else f' · perplexity {p["base"]:.3g} → {p["tuned"]:.3g}' if m is not p else ''
     return f'{name} {f(m["base"])} → {f(m["tuned"])} ({g(m["difference"])}, 95 % interval {g(m["low"])} to {g(m["high"])}, {m["n"]} rows){tail} · {m["better"]}'
 
 # %% ../nbs/27a_report.ipynb #c5422a8b
-order = ('field_accuracy', 'whole_answer', 'valid_json', 'json_inside', 'extra_keys', 'perplexity', 'loss', 'exact_match', 'token_f1', 'rouge1', 'rouge2', 'rougeL', 'bleu', 'chrf', 'n_words', 'n_chars')
-_shares = {'field_accuracy', 'whole_answer', 'valid_json', 'json_inside', 'exact_match', 'token_f1', 'rouge1', 'rouge2', 'rougeL'}
-_words = dict(field_accuracy='fields right', whole_answer='whole answer right', valid_json='valid JSON', json_inside='JSON found in the answer', extra_keys='extra keys', exact_match='exact match',
+order = ('reward_accuracy', 'reward_separation', 'reward_margin', 'chosen_likelier', 'chosen_likelier_per_token', 'wanted_likelier', 'wanted_likelier_per_token', 'field_accuracy', 'whole_answer', 'valid_json', 'json_inside', 'extra_keys', 'perplexity', 'loss', 'exact_match', 'token_f1', 'rouge1', 'rouge2', 'rougeL', 'bleu', 'chrf', 'n_words', 'n_chars')
+_shares = {'reward_accuracy', 'reward_separation', 'chosen_likelier', 'chosen_likelier_per_token', 'wanted_likelier', 'wanted_likelier_per_token', 'field_accuracy', 'whole_answer', 'valid_json', 'json_inside', 'exact_match', 'token_f1', 'rouge1', 'rouge2', 'rougeL'}
+_words = dict(reward_accuracy='chosen answer preferred (reward accuracy)', reward_separation='wanted above unwanted (by reward)', reward_margin='reward margin', chosen_likelier='chosen answer likelier',
+    chosen_likelier_per_token='chosen answer likelier per token', wanted_likelier='wanted above unwanted (by likelihood)', wanted_likelier_per_token='wanted above unwanted (per token)', field_accuracy='fields right', whole_answer='whole answer right', valid_json='valid JSON', json_inside='JSON found in the answer', extra_keys='extra keys', exact_match='exact match',
     token_f1='token F1', rouge1='ROUGE-1', rouge2='ROUGE-2', rougeL='ROUGE-L', bleu='BLEU (mean of rows)', chrf='chrF (mean of rows)', n_words='words', n_chars='characters')
 
 def metric_table(rep:dict)->Table:
