@@ -140,7 +140,7 @@ def load_model(
         if isinstance(e, ImportError) and 'flash' in str(e).lower(): raise UserError(f'attn_implementation: {r.attn_implementation} is not installed; set sdpa.') from None
         raise
     for m in model.modules():
-        if type(m).__name__=='Linear4bit' and (m.out_features%32 or m.in_features%64): m.support_avx512bf16_for_cpu = False # its packed form takes no other shapes
+        if type(m).__name__=='Linear4bit' and (r.use_dora or r.peft not in ('lora', 'qlora', 'rslora') or m.out_features%32 or m.in_features%64): m.support_avx512bf16_for_cpu = False # its packed form takes no other shapes, and methods that read the weights can not
     return _whole(model, dtype) if quantised is False and getattr(model, 'is_quantized', False) and 'merged' in r.export_formats else model
 
 def fit_vocabulary(

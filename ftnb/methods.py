@@ -51,7 +51,7 @@ _rows = [
     Method('fourierft', 'FourierFT', 'FourierFTConfig', 'layer', 'some coefficients of the update\'s Fourier transform', _arxiv+'2405.03003'),
     Method('waveft', 'WaveFT', 'WaveFTConfig', 'layer', 'some coefficients of the update\'s wavelet transform', _arxiv+'2505.12532'),
     Method('vblora', 'VB-LoRA', 'VBLoRAConfig', 'layer', 'LoRA put together from vectors that all layers share', _arxiv+'2405.15179'),
-    Method('unilora', 'Uni-LoRA', 'UniLoraConfig', 'layer', 'one vector for the whole model, spread over all of LoRA\'s weights', _arxiv+'2506.00799'),
+    Method('unilora', 'Uni-LoRA', 'UniLoraConfig', 'layer', 'one vector for the whole model, spread over all of LoRA\'s weights', _arxiv+'2506.00799', **_whole),
     Method('shira', 'SHiRA', 'ShiraConfig', 'layer', 'some single weights of a layer, chosen at random', _arxiv+'2406.13175'),
     Method('supertuning', 'Supertuning', 'SupertuningConfig', 'layer', 'the largest single weights of a layer', _arxiv+'2607.09287', **_whole),
     Method('c3a', 'C3A', 'C3AConfig', 'layer', 'a block-circular convolution as the update', _arxiv+'2407.19342', **_four),
