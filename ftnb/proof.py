@@ -13,6 +13,12 @@ from .base import Table
 from .prepare import Prepared, examine
 
 # %% ../nbs/29a_proof.ipynb #0bc2e56e
+def _judged(j):
+    "The numbers of answers that preferences train on"
+    if not j: return {}
+    pairs = {'pairs': f'{j["pairs"]:,}, in {j["longer"]:,} the chosen answer is the longer one'} if j['pairs'] else {}
+    return {**pairs, 'wanted answers': f'{j["good"]["n"]:,}, {j["good"]["mean"]:,.0f} tokens on average', 'unwanted answers': f'{j["bad"]["n"]:,}, {j["bad"]["mean"]:,.0f} tokens on average'}
+
 @dataclass
 class Proof:
     "Rows as tokens, the numbers that matter, and the gates; HTML in Jupyter, text in a terminal"
@@ -27,7 +33,7 @@ class Proof:
         "The numbers that matter"
         r = self.prepared.report
         n, t = r['train_tokens'], r['trained_tokens']
-        return Table([dict(what=k, value=v) for k,v in {'rows read': f'{r["rows"]:,}', **{s: f'{c:,}' for s,c in r['splits'].items()}, 'set aside': f'{r["aside"]:,}', 'tokens of training': f'{n:,}',
+        return Table([dict(what=k, value=v) for k,v in {'rows read': f'{r["rows"]:,}', **{s: f'{c:,}' for s,c in r['splits'].items()}, **_judged(r.get('judged')), 'set aside': f'{r["aside"]:,}', 'tokens of training': f'{n:,}',
             'of these trained': f'{t:,} ({100*t/max(1, n):.0f} %)', 'longest row': f'{r["lengths"]["train"]["max"]:,} of max_length {r["max_length"]:,}',
             'template': f'{r["template"][:8]}', 'near duplicates in training': f'{r["near_duplicates"]["extra_rows"]:,}'}.items()], title='Numbers')
     def to_dict(self)->dict: return self.prepared.report

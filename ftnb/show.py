@@ -95,6 +95,8 @@ class PairView(RowView):
     "A prompt as tokens, and the answers that are judged behind it side by side"
     sides:list=field(default_factory=list) # (name, parts) of each answer
 
+    @property
+    def title(self)->str: return f'{self.head} · {self.tokens:,} tokens of prompt · {self.trained:,} of answers'
     def groups(self)->list: return _groups([*self.parts, *(p for _,ps in self.sides for p in ps)])
     def __repr__(self): return '\n'.join([self.title, *_lines(self.parts, 'prompt'), *(l for name,ps in self.sides for l in _lines(ps, name.split(' ·')[0]))])
     def _repr_html_(self):
@@ -112,9 +114,9 @@ def view(
     room = None if max_length is None else max(0, max_length-len(enc.prompt_ids))
     def side(k, ids):
         good = k=='chosen' or enc.label
-        name = {'chosen': 'chosen', 'rejected': 'rejected'}.get(k, 'wanted' if good else 'not wanted')
+        name = k if k!='completion' else 'wanted' if good else 'not wanted'
         return f'{name} · {len(ids):,} tokens', [(t, 'cut' if kind=='cut' else 'chosen' if good else 'rejected') for t,kind in token_parts(tokenizer, ids, ids, room)]
-    return PairView(token_parts(tokenizer, enc.prompt_ids, [-100]*len(enc.prompt_ids), max_length), head, enc.tokens, enc.trained, [side(k, ids) for k,ids in enc.answers.items()])
+    return PairView(token_parts(tokenizer, enc.prompt_ids, [-100]*len(enc.prompt_ids), max_length), head, len(enc.prompt_ids), enc.trained, [side(k, ids) for k,ids in enc.answers.items()])
 
 def _legend(kinds): return ' '.join(f'<{_tags[k]} style="{_styles[k]}">&nbsp;{k}&nbsp;</{_tags[k]}>' for k in kinds)
 legend = _legend(('trained', 'context', 'cut'))
