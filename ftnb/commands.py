@@ -15,6 +15,7 @@ from .compare import RunDiff
 from .doctor import doctor
 from .eject import eject
 from .fields import names
+from .groups import list_groups
 from .import_config import import_config
 from .new import new_recipe
 from .forecast import forecast
@@ -106,8 +107,9 @@ def cmd_ls(a):
         recipes.append(dict(recipe=str(p), model=r.model_name_or_path, peft=r.peft))
     recipes.append(dict(recipe='demo', model='smollm2-135m', peft='lora'))
     st, runs = Table([dict(stage=s, notebook=stage_notebook(s).name) for s in stages]), list_runs()
-    if a.json: return show_value(dict(stages=st.rows, recipes=recipes, runs=runs.rows), True)
-    print(st, '', Table(recipes), '', runs if len(runs) else 'no runs yet', sep='\n')
+    groups = list_groups()
+    if a.json: return show_value(dict(stages=st.rows, recipes=recipes, runs=runs.rows, groups=groups.rows), True)
+    print(st, '', Table(recipes), '', runs if len(runs) else 'no runs yet', *(['', groups] if len(groups) else []), sep='\n')
 
 def cmd_show(a):
     "`ftnb show`"

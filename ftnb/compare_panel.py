@@ -16,6 +16,7 @@ from .bootstrap import compare
 from .compare import labels, side_by_side
 from .draw import esc, svg_curves
 from .follow import Follow
+from .groups import runs_of
 from .live import loss_series
 from .look import Panel, button, note, row
 from .metrics import is_json_set, json_scores, token_f1
@@ -78,7 +79,7 @@ class ComparePanel(Panel):
     "Two or more runs side by side"
     title = 'compare'
     def __init__(self,
-        runs=None, # `Run`s, names or folders; None: the two newest
+        runs=None, # `Run`s, names or folders, also of a sweep or of tasks; None: the two newest
         start='.', # Where settings are looked for
     ):
         self.start, self.more, self.runs, self.wrong, self._filling = start, {}, [], [], False
@@ -89,12 +90,16 @@ class ComparePanel(Panel):
         self.shown = {k: W.HTML(layout=W.Layout(width='100%')) for k in ('said', 'curves', 'metrics', 'recipe', 'answers')}
         s = self.shown
         super().__init__([row(self.which, button('Refresh', self.refresh, 'Look for runs and read their folders again')), s['said'], s['curves'], s['metrics'], s['recipe'], row(self.find, self.differ), self.row, s['answers']])
-        given = [self._given(o) for o in ([] if runs is None else [runs] if isinstance(runs, (str, Path, Run)) else runs)]
+        given = [self._given(p) for o in ([] if runs is None else [runs] if isinstance(runs, (str, Path, Run)) else runs) for p in self._members(o)]
         self._options([o for o in given if o], runs is None)
         self.refresh()
         self.which.observe(lambda c: None if self._filling else self.refresh(), names='value')
         for w in (self.find, self.differ): w.observe(lambda c: self._rows(), names='value')
         self.row.observe(lambda c: None if self._filling else self._answer(), names='value')
+
+    def _members(self, o):
+        "A run, or the runs of a group that was named"
+        return [o] if isinstance(o, Run) else runs_of(str(o), self.start) or [o]
 
     def _given(self, o):
         "The folder of a run that was named"
@@ -225,7 +230,7 @@ def text(self:ComparePanel)->str:
     return '\n\n'.join(str(p) for p in parts if str(p))
 
 def compare_panel(
-    runs=None, # `Run`s, names or folders; None: the two newest
+    runs=None, # `Run`s, names or folders, also of a sweep or of tasks; None: the two newest
     start='.', # Where settings are looked for
 )->ComparePanel:
     "A panel that shows runs side by side"

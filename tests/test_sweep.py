@@ -49,7 +49,7 @@ def test_one_run_that_fails_does_not_stop_the_others_and_the_same_command_again_
     assert code==3
     assert [s for s in work if s[1]=='prepare']==[(f'my-{labels[0]}', 'prepare')] # once, where its inputs are the same
     assert [s for s in work if s[1]=='evaluate']==[(f'my-{l}', 'evaluate') for l in (labels[0], labels[2])]
-    assert list(rep['failed'])==[labels[1]] and "no layer 'q_prj'" in rep['failed'][labels[1]]['line'] and "no layer 'q_prj'" in out
+    assert list(rep['failed'])==[labels[1]] and "'q_prj' is no layer" in rep['failed'][labels[1]]['line'] and "'q_prj' is no layer" in out
     assert [r['run'] for r in rep['runs']][-1]==labels[1] and all(r['score'] is not None and r['peak'] and r['weights'] for r in rep['runs'][:2])
     assert out.index('3 runs, 6 steps of training')<out.index('3 train') # the plan stands first
     html = Path('runs/my-sweep/reports/sweep.html').read_text()
@@ -122,6 +122,16 @@ def test_the_plan_alone_writes_nothing_and_json_is_json(work, capsys):
     assert sweep('--over', 'lora_r=2,8', '--to', 'plan', '--json')==0
     got = json.loads(capsys.readouterr().out)
     assert [r['run'] for r in got['runs']]==['r2', 'r8'] and got['best'] is None
+
+def test_ls_lists_the_sweep_and_the_compare_panel_opens_its_runs(work, capsys):
+    pytest.importorskip('ipywidgets')
+    from ftnb.compare_panel import compare_panel
+    assert sweep('--over', 'lora_r=2,8', '--to', 'plan')==0
+    capsys.readouterr()
+    assert main(['ls', '--json'])==0
+    g, = json.loads(capsys.readouterr().out)['groups']
+    assert (g['group'], g['kind'], g['over'], g['runs'])==('my-sweep', 'sweep', 'lora_r', 2)
+    assert [r.name for r in compare_panel('my-sweep').runs]==['my-r2', 'my-r8']
 
 def test_labels_are_unique_safe_and_made_of_the_values_alone():
     import re
