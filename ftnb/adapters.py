@@ -150,5 +150,5 @@ def compared(
     for k,m in methods.items():
         try: w = what_it_trains(arch, replace(r, peft=k, peft_args=r.peft_args if k==r.peft else None, trainable_token_indices=r.trainable_token_indices or ([0] if k=='trainable_tokens' else None)))
         except UserError as e: rows.append({'peft': k, 'trains': '', 'share': '', 'bytes': '', 'note': str(e)})
-        else: rows.append({'peft': k, 'trains': f'{w.params:,}', 'share': f'{100*w.share:.2g} %', 'bytes': size(w.bytes), 'note': ''})
+        else: rows.append({'peft': k, 'trains': f'{w.params:,}', 'share': f'{100*w.share:.3g} %', 'bytes': size(w.bytes), 'note': ''})
     return Table(rows)

@@ -8,11 +8,15 @@ __all__ = ['RecipePanel', 'recipe_panel']
 # %% ../nbs/52_recipe_panel.ipynb #32f91a01
 import ipywidgets as W
 
-from .base import UserError
+from .adapters import compared, what_it_trains
+from .arch import Arch
+from .at_hand import config_at_hand
+from .base import Table, UserError
 from .code import as_code, as_yaml, from_code, from_yaml, read_parameters, write_parameters
 from .draw import esc
 from .fields import Recipe
 from .form import Form
+from .methods import methods
 from .look import Panel, button, note, row, said
 from .recipe import load_recipe, make_recipe, recipe_table, save_recipe, to_dict
 
@@ -30,14 +34,40 @@ class RecipePanel(Panel):
         self.said = W.HTML()
         self.kind.observe(lambda _: self._text(), names='value')
         self.buttons = dict(take=button('Take text', self.take, 'Read the text above into the form'), save=button('Save', self.save, 'Write a YAML file, or into the parameters cell of an .ipynb'), load=button('Load', self.load, 'Read a YAML file, or the parameters cell of an .ipynb'))
+        self.trains, self.methods, self._shown = W.HTML(), W.Accordion([W.HTML()], selected_index=None), None
+        self.methods.set_title(0, 'What each method would train of this model')
+        self.methods.observe(lambda _: self._compare(), names='selected_index')
         self.form.observe(lambda _: self._text(), names='value')
-        super().__init__([W.HTML('<h4>Recipe</h4>'), self.form.widget, W.HTML('<h4>Take it along</h4>'), self.kind, self.box, row(self.buttons['take']), self.path, row(self.buttons['save'], self.buttons['load']), self.said])
+        super().__init__([W.HTML('<h4>Recipe</h4>'), self.form.widget, self.trains, self.methods, W.HTML('<h4>Take it along</h4>'), self.kind, self.box, row(self.buttons['take']), self.path, row(self.buttons['save'], self.buttons['load']), self.said])
         self._text()
 
     @property
     def value(self)->Recipe: return self.form.value
     def _text(self):
+        self.trains.value = f'<div role="status" aria-live="polite">{note(self.what_trains(), "help")}</div>'
+        self._compare()
         self.box.value = as_yaml(self.value) if self.kind.value=='YAML' else as_code(self.value)
+    def _arch(self):
+        "The model as shapes, where its config is at hand; None where the hub would have to be asked"
+        c = config_at_hand(self.value.model_name_or_path, self.value.model_revision)
+        return c and Arch.read(c)
+    def what_trains(self)->str:
+        "One line: what the recipe's method would train, and what it adds"
+        r, m = self.value, methods[self.value.peft]
+        try: a = self._arch(); n = f'trains {what_it_trains(a, r).line}' if a else f'the config of {r.model_name_or_path} is not on this machine, so nothing is counted'
+        except UserError as e: n = str(e)
+        return f'{m.title} adds {m.adds}; {n}'
+    def compare(self)->Table:
+        "Each method with what it would train of the recipe's model"
+        a = self._arch()
+        if a is None: raise UserError(f'The config of {self.value.model_name_or_path} is not on this machine; the plan panel can fetch it.')
+        return compared(a, self.value)
+    def _compare(self):
+        "Fill the table when it is open, and anew when the recipe changed"
+        if self.methods.selected_index is None or self._shown==self.value: return
+        self._shown = self.value
+        t, bad = said(self.compare)
+        self.methods.children[0].value = note(bad, 'bad') if bad else f'<div tabindex="0" role="region" aria-label="methods" style="overflow:auto;max-height:340px">{t._repr_html_()}</div>'
     def _say(self, text, kind='good'): self.said.value = f'<div role="status" aria-live="polite">{note(text, kind)}</div>'
 
     def _into(self, r, bad, done):
@@ -60,7 +90,7 @@ class RecipePanel(Panel):
         r, bad = said(lambda: make_recipe(read_parameters(p), p) if p.endswith('.ipynb') else load_recipe(p))
         self._into(r, bad, f'read from {p}')
 
-    def static_html(self)->str: return f'<h4>Recipe</h4>{recipe_table(self.value, all=False)._repr_html_() if to_dict(self.value) else "all defaults"}<pre>{esc(as_yaml(self.value))}</pre>'
+    def static_html(self)->str: return f'<h4>Recipe</h4>{recipe_table(self.value, all=False)._repr_html_() if to_dict(self.value) else "all defaults"}<p>{esc(self.what_trains())}</p><pre>{esc(as_yaml(self.value))}</pre>'
     def text(self)->str: return as_yaml(self.value)
 
 def recipe_panel(r=None)->RecipePanel: # A `Recipe`, a `Form`, the path of a YAML file, or None

@@ -1,6 +1,6 @@
 "The recipe panel in a real JupyterLab"
 import pytest
-from inlab import read_by_everyone
+from inlab import photograph, read_by_everyone
 
 @pytest.fixture(scope='module')
 def page(show): return show('recipe', 'from ftnb.recipe_panel import recipe_panel\np = recipe_panel()\np')
@@ -32,3 +32,14 @@ def test_text_goes_back_into_the_form(page):
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
     read_by_everyone(page, tmp_path)
+
+def test_each_method_says_what_it_would_train(page, tmp_path):
+    from playwright.sync_api import expect
+    panel = page.locator('.ftnb-panel').first
+    panel.get_by_role('button', name='Defaults').click()
+    expect(panel.get_by_text('4,884,480 parameters')).to_be_visible()
+    panel.get_by_label('peft', exact=True).select_option('ia3')
+    expect(panel.get_by_text('IA3 adds a vector')).to_be_visible()
+    panel.get_by_text('What each method would train of this model').click()
+    expect(panel.get_by_role('region', name='methods').get_by_role('cell', name='vera', exact=True)).to_be_visible()
+    photograph(page, tmp_path/'methods.png')
