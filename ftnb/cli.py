@@ -10,9 +10,11 @@ import argparse, sys
 
 from .base import UserError
 from .access import load_env
+from .adapter_commands import cmd_adapters
 from .commands import cmd_chat, cmd_diff, cmd_doctor, cmd_eject, cmd_import, cmd_ls, cmd_new, cmd_plan, cmd_run, cmd_show, cmd_sweep
 from .presets import presets
 from .runs import stages
+from .several import ways
 from .stages import StageFailed
 
 # %% ../nbs/44_cli.ipynb #d19519ce
@@ -69,6 +71,17 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('prompt', nargs='*', help='one question; without it, a conversation')
     c.add_argument('--which', choices=['tuned', 'base', 'both'], default='both', help='which model answers')
     c.add_argument('--adapter', metavar='NAME', help='which adapter answers, where the run or group has several')
+    c = add('adapters', cmd_adapters, 'list, add, delete and combine the adapters of a run or a group of tasks', 'A combination is scored on the held-out rows of the runs that its adapters come from; with several ways or densities the best is saved.')
+    c.add_argument('run', help='name or folder of a run or a group')
+    c.add_argument('--add', metavar='NAME=RUN', help='copy the adapter of another run here; it must have the same base')
+    c.add_argument('--delete', metavar='NAME', help='delete an adapter that was added or combined')
+    c.add_argument('--combine', nargs='+', metavar='HOW', help=f'ways to combine: {", ".join(ways)}')
+    c.add_argument('--of', nargs='+', metavar='NAME=WEIGHT', help='which adapters, with their weights; default: all with 1')
+    c.add_argument('--density', nargs='+', type=float, help='share of the values that ties, dare and magnitude_prune keep; default: 0.5')
+    c.add_argument('--sign', default='total', choices=['total', 'frequency'], help='how ties elects signs')
+    c.add_argument('--rank', type=int, help='rank of what svd makes; default: the largest')
+    c.add_argument('--rows', type=int, help='held-out rows of each task to score on; default: all')
+    c.add_argument('--save', metavar='NAME', help='keep the combination under this name')
     c = add('import-config', cmd_import, 'turn a configuration of Axolotl, LLaMA-Factory, Unsloth Studio or TRL into a recipe', 'The recipe goes to the output, what became of each key to the error output: ftnb import-config axolotl.yml > my.yaml')
     c.add_argument('file', help='YAML file of the other tool')
     c.add_argument('--tool', choices=['axolotl', 'llamafactory', 'unsloth', 'trl'], help='which tool it is of; default: told by its keys')
