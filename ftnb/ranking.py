@@ -105,9 +105,9 @@ def varied(
     ds = [{k: v for k,v in to_dict(r.recipe, all=True).items() if k not in ('output_dir', 'run_name')} for r in runs]
     return [k for k in (ds[0] if ds else {}) if any(d[k]!=ds[0][k] for d in ds)]
 
-def _score(v, metric):
+def _score(v, share):
     if v['score'] is None: return ''
-    f = (lambda x: f'{100*x:.1f}') if metric not in lower_is_better and 0<=v['score']<=1 else (lambda x: f'{x:.4g}')
+    f = (lambda x: f'{100*x:.1f}') if share else (lambda x: f'{x:.4g}')
     return f'{f(v["score"])}'+(f' ({f(v["low"])} to {f(v["high"])})' if v['low'] is not None else '')
 
 @dataclass(repr=False)
@@ -121,17 +121,19 @@ class Ranking:
     base:float=None # Score of the base, where all runs have the same
 
     @property
+    def _share(self)->bool: return self.metric not in lower_is_better and all(0<=r['score']<=1 for r in self.rows if r['score'] is not None) and any(r['score'] is not None for r in self.rows)
+    @property
     def table(self)->Table:
         "The runs, the best score first; those without one last"
-        n = (self.metric or 'score').replace('_', ' ')
-        out = [{'run': r['run']+(' (best)' if r['run']==self.best else ''), **{k: 'none' if (v := r['values'].get(k)) is None else v for k in self.fields}, f'{n}': _score(r, self.metric), 'validation loss': '' if r['eval_loss'] is None else f'{r["eval_loss"]:.4g}',
+        n, share = (self.metric or 'score').replace('_', ' '), self._share
+        out = [{'run': r['run']+(' (best)' if r['run']==self.best else ''), **{k: 'none' if (v := r['values'].get(k)) is None else v for k in self.fields}, n+', %'*share: _score(r, share), 'validation loss': '' if r['eval_loss'] is None else f'{r["eval_loss"]:.4g}',
             'peak memory': gib(r['peak']) if r['peak'] else '', 'tokens/s': f'{r["tokens_per_second"]:,.0f}' if r['tokens_per_second'] else '', 'weights': size(r['weights']) if r['weights'] else '', 'time': duration(r['seconds']) if r['seconds'] else '', 'status': ': '.join(filter(None, [r['status'], r['line']*(r['status'] not in ('evaluated', 'done'))]))} for r in self.rows]
-        return Table(out, title=f'{len(self.rows)} runs by {n} on held-out rows, 95 % intervals'+(f'; the base has {_score(dict(score=self.base, low=None), self.metric)}' if self.base is not None else ''))
+        return Table(out, title=f'{len(self.rows)} runs by {n} on held-out rows, 95 % intervals'+(f'; the base has {_score(dict(score=self.base, low=None), share)}{" %"*share}' if self.base is not None else ''))
     @property
     def chart(self)->str:
         "Peak memory against score, as SVG"
         n = (self.metric or '').replace('_', ' ')
-        return svg_points({r['run']: (r['peak']/2**30, r['score'], r['low'], r['high']) for r in self.rows if r['score'] is not None and r['peak']}, 'peak memory, GiB', n, best=self.best)
+        return svg_points({r['run']: (r['peak']/2**30, r['score'], r['low'], r['high']) for r in self.rows if r['score'] is not None and r['peak']}, 'peak memory, GiB', n, show_y=(lambda v: f'{100*v:.0f} %') if self._share else (lambda v: f'{v:.4g}'), best=self.best)
     def to_dict(self)->dict: return dict(metric=self.metric, best=self.best, said=self.said, fields=self.fields, base=self.base, runs=self.rows)
     def __repr__(self): return '\n'.join(filter(None, [repr(self.table), self.said]))
     def _repr_html_(self): return self.table._repr_html_()+(f'<p>{esc(self.said)}</p>' if self.said else '')+self.chart

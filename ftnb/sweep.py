@@ -9,14 +9,14 @@ __all__ = ['Sweep', 'open_sweep', 'prepare_all', 'plan_all', 'save_sweep', 'run_
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .base import Table, UserError, digest, duration, gib, read_json, write_atomic, write_json
+from .base import Table, UserError, digest, duration, gib, nearest, read_json, write_atomic, write_json
 from .fields import Recipe
 from .grid import expand_sweep, swept
 from .opening import open_at, read_named
 from .plan import plan
 from .ranking import Ranking, rank
 from .recipe import save_recipe, to_dict
-from .report import html_page
+from .report import html_page, order
 from .runs import Run, inputs_of, stage_fields
 from .stages import StageFailed, check_range, run_pipeline
 
@@ -138,6 +138,7 @@ def run_sweep(
 )->Ranking:
     "Plan and run a sweep, one run after the other; `Sweep.code` says how it ended"
     check_range('prepare', last)
+    if by and by not in order: raise UserError(f'--by {by}: there is no such measure; there are {", ".join(order)}.{nearest(by, order)}')
     say(f'{s.name}: {len(s.recipes)} runs, compared in {s.folder}')
     try:
         prepare_all(s, say, debug)

@@ -74,6 +74,7 @@ def test_a_wrong_value_anywhere_in_the_grid_is_said_with_its_combination_before_
         assert said in err and len(err.strip().splitlines())==1, err
     assert sweep()==2 and 'nothing to sweep' in capsys.readouterr().err
     assert sweep('--over', 'lora_r=1,2', '--random', '3')==2 and 'draw 1 to 2' in capsys.readouterr().err
+    assert sweep('--over', 'lora_r=1,2', '--by', 'rougel')==2 and "Did you mean 'rougeL'" in capsys.readouterr().err
     assert not Path('runs').exists() and not work
 
 def test_what_does_not_fit_is_said_before_the_first_training_and_left_out(work, capsys, monkeypatch):
