@@ -169,7 +169,7 @@ def enough_rows(f:Facts)->dict:
     if n>=100 and not (n<500 and e>5): return _gate()
     return _gate(n, 'warn', 'training rows are few (usual is 1,000 to 50,000)'+(f' for {e:g} epochs: the model may learn them by heart' if e>3 else ''))
 
-# %% ../nbs/27d_gates.ipynb #5113acee
+# %% ../nbs/27d_gates.ipynb #cfff360a
 def _few(f, test, what, way_out):
     "A gate for rows that were set aside, which stops where they are more than a tenth"
     bad = f.aside(test)
@@ -206,6 +206,7 @@ def length_bias(f:Facts)->dict:
     return _gate(j.pairs or j.good.total(), 'warn', f'{"pairs" if j.pairs else "wanted answers"} favour length: a wanted answer has {a:,.0f} tokens on average, an unwanted one {b:,.0f}'+(f', and in {100*j.longer/j.pairs:.0f} % of the pairs it is the longer one' if j.pairs else '')
         +'; the model may learn to write at length'+('; loss_type: sigmoid_norm weighs an answer by its length' if f.recipe.method=='dpo' else ''))
 
+# %% ../nbs/27d_gates.ipynb #5113acee
 gate_table = {f.__name__ if f is not one_bos_token else 'one_bos': f for f in (answers_trained, prompt_masked, end_of_turn_trained, stops_at_serving, nothing_cut, nothing_lost, roles_known, one_bos_token,
     think_handled, no_leak, no_secrets, no_private_data, template_same, mask_not_empty, packing_clean, no_duplicates, enough_rows, prompt_identical, sides_differ, pairs_agree, labels_balanced, length_bias)}
 pair_gates = ('prompt_identical', 'sides_differ', 'pairs_agree', 'labels_balanced', 'length_bias') # of preference data only
