@@ -88,6 +88,7 @@ def open_run(
 )->Run:
     "The run to work on, made if it is new; a `UserError` if there is neither a recipe nor a run"
     old, r, folder = read_named(arg, overrides, name, say)
+    if r.sweep: say('  note: the lists of sweep are for `ftnb sweep`; this run takes the values beside them')
     return open_at(folder, r, old, in_place, say)
 
 def open_at(

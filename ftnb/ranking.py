@@ -35,12 +35,12 @@ def result_of(
         trained=tr.get('params_trained'), weights=weights_of(run), seconds=sum(v.get('seconds') or 0 for v in st.values()))
 
 # %% ../nbs/27e_ranking.ipynb #96e32e5d
-preferred = ('field_accuracy', 'rougeL', 'perplexity')
+preferred = ('reward_accuracy', 'reward_separation', 'field_accuracy', 'rougeL', 'perplexity')
 
 def metric_for(
     reports:list, # Of stage 4
 )->str: # None where they share none
-    "The measure to rank by: fields right, else ROUGE-L, else perplexity, else the first that all reports have"
+    "The measure to rank by, as the report's own line chooses it: answers preferred, else fields right, else ROUGE-L, else perplexity; else the first that all reports have"
     have = [[m['metric'] for m in r['metrics']] for r in reports]
     shared = [k for k in (have[0] if have else []) if all(k in o for o in have)]
     return next((k for k in (*preferred, *shared) if k in shared), None)
@@ -142,7 +142,7 @@ def rank(
     runs:dict, # {name: `Run`}
     failed:dict=None, # {name: (status, sentence)} of those that did not end well
     fields:list=None, # In which they differ; None: as their recipes say
-    by:str=None, # The measure; None: fields right, else ROUGE-L, else perplexity
+    by:str=None, # The measure; None: as `metric_for` chooses
 )->Ranking:
     "Several runs by their held-out score"
     reps = {k: r for k,run in runs.items() if (r := run.report('evaluate'))}
