@@ -31,6 +31,18 @@ def test_a_worse_method_is_called_worse_and_a_like_one_is_not():
     assert 'is full' in line['full'] and 'as good' in line['lora'] and ': worse' in line['ia3'] and 'it broke' in line['prefix']
     assert page.index('`lora`')<page.index('`ia3`')
 
+@pytest.mark.parametrize('kind', ['PromptTuningConfig', 'PrefixTuningConfig'])
+def test_virtual_tokens_do_not_shift_the_loss_of_held_out_rows(tiny, kind):
+    import peft, torch
+    from transformers import AutoModelForCausalLM
+    from ftnb.generate import row_losses
+    m = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), getattr(peft, kind)(task_type='CAUSAL_LM', num_virtual_tokens=5)).eval()
+    ids = list(range(10, 30))
+    labels = [-100]*8+ids[8:]
+    loss, n = row_losses(m, [(ids, labels), (ids[:12], labels[:12])], 0)[0]
+    with torch.no_grad(): want = m(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, 20, dtype=torch.long), labels=torch.tensor([labels])).loss.item()
+    assert n==12 and loss/n==pytest.approx(want, rel=1e-4)
+
 def test_without_full_nothing_is_set_against_it(): assert 'was not measured' in maker.page(results(lora=row(29))) and ': worse' not in maker.page(results(lora=row(29)))
 
 def test_the_page_is_what_its_maker_writes():
