@@ -253,3 +253,100 @@ def test_no_name_that_a_torch_module_has_is_allowed():
         for n in dir(c):
             if re.fullmatch(r'[A-Za-z]\w*', n):
                 with pytest.raises(UserError): new_name(n)
+
+# ---- a group of tasks, and the command line
+
+@pytest.fixture(scope='module')
+def group(tiny, made_of, tmp_path_factory):
+    "A group of two tasks whose runs are prepared and have adapters, as after stage 3"
+    from ftnb.prepare import prepare
+    from ftnb.runs import Run, begin, end
+    from ftnb.tasks import gather, open_tasks
+    d = tmp_path_factory.mktemp('group')
+    rows = {t: [dict(prompt=f'{t} number {i}, what is it?', completion=f(i)) for i in range(30)] for t,f in dict(codes=lambda i: f'CODE-{i}', tickets=lambda i: json.dumps(dict(n=i))).items()}
+    tasks = {t: dict(dataset=write_rows(d/f'{t}.jsonl', r)) for t,r in rows.items()}
+    g = Run(d/'runs/desk', make_recipe(dict(model_name_or_path=tiny, dtype='float32', use_cpu=True, lora_r=4, test_size=4, valid_size=2, max_new_tokens=4, tasks=tasks))).save()
+    (d/'settings.ini').write_text('[ftnb]\nruns = runs\n')
+    runs = open_tasks(g, say=lambda *_: None)
+    for (t,run),a in zip(runs.items(), 'ab'):
+        begin(run, 'prepare'); prepare(run); end(run, 'prepare')
+        begin(run, 'train'); shutil.copytree(made_of[a], run.path('adapter')); end(run, 'train')
+    assert gather(g, runs)==['codes', 'tickets'] and gather(g, runs)==[]
+    return g
+
+def command(group, *args, **env):
+    "(exit code, output, error output) of a command in the group's workspace"
+    import contextlib, io, os
+    from ftnb.cli import main
+    out, err, was = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(group.folder.parent.parent)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([*args])
+    finally: os.chdir(was)
+    return code, out.getvalue(), err.getvalue()
+
+def test_a_task_is_an_ordinary_run_with_what_stands_outside_and_inside(group):
+    from ftnb.runs import Run
+    run = Run(group.folder.with_name('desk-codes'))
+    assert (run.recipe.adapter_name, run.recipe.lora_r, run.recipe.tasks, Path(run.recipe.dataset).name)==('codes', 4, None, 'codes.jsonl') and run.done('train')
+
+def test_a_task_is_not_made_out_of_a_run_that_is_something_else(tmp_path):
+    from ftnb.runs import Run
+    from ftnb.tasks import open_tasks
+    Run(tmp_path/'desk-codes', make_recipe(dict(dataset='demo'))).save()
+    with pytest.raises(UserError, match='is a run already, and not one of the task codes'): open_tasks(Run(tmp_path/'desk', make_recipe(dict(tasks=dict(codes=dict(dataset='demo'))))), say=lambda *_: None)
+
+def test_a_mistake_in_one_task_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    from ftnb.opening import open_run
+    monkeypatch.chdir(tmp_path)
+    Path('desk.yaml').write_text('tasks:\n  codes: {dataset: demo, lora_r: 0}\n')
+    with pytest.raises(UserError, match='tasks: codes: .*lora_r'): open_run('desk.yaml')
+    assert [p.name for p in tmp_path.iterdir()]==['desk.yaml']
+
+def test_the_table_of_a_group_is_made_in_a_process_of_its_own_and_only_once(group):
+    from ftnb.tasks import compare_tasks
+    rep, made = compare_tasks(group)
+    assert made and rep['tasks']==['codes', 'tickets'] and list(rep['scores'])==['base', 'codes', 'tickets'] and rep['metric']==dict(codes='exact_match', tickets='field_accuracy') and rep['n']==dict(codes=4, tickets=4)
+    assert {o['task'] for o in rep['answers']}=={'codes', 'tickets'} and set(rep['answers'][0])=={'task', 'prompt', 'reference', 'base', 'codes', 'tickets'}
+    assert 'codes (exact_match, 4 rows)' in group.path('reports/tasks.html').read_text()
+    assert not compare_tasks(group)[1]
+
+def test_the_command_line_lists_combines_scores_saves_and_deletes(group):
+    code, out, err = command(group, 'adapters', 'desk')
+    assert code==0 and 'codes' in out and 'desk-tickets' in out, err
+    code, out, err = command(group, 'adapters', 'desk', '--combine', 'ties', 'cat', '--of', 'codes=1', 'tickets=0.5', '--density', '0.2', '0.8', '--rows', '2', '--save', 'two')
+    assert code==0 and [l.split()[0] for l in out.splitlines() if l.startswith(('ties', 'cat', 'alone', 'base'))]==['base', 'alone', 'alone', 'ties', 'ties', 'cat'] and 'saved two' in out, err
+    assert 'codes 1, tickets 0.5' in command(group, 'adapters', 'desk')[1]
+    code, out, err = command(group, 'chat', 'desk', '--adapter', 'two', '--which', 'tuned', '--json', 'hello')
+    assert code==0 and set(json.loads(out))=={'prompt', 'two'}, err
+    assert set(json.loads(command(group, 'chat', 'desk', '--json', 'hello')[1]))=={'prompt', 'base', 'codes', 'tickets', 'two'}
+    code, out, err = command(group, 'adapters', 'desk', '--delete', 'two')
+    assert code==0 and 'two' not in out and not group.path('adapters/two').exists()
+
+@pytest.mark.parametrize('args, said', [(('--delete', 'code'), "Did you mean 'codes'?"), (('--combine', 'tie', '--save', 'x'), "Did you mean 'ties'?"), (('--combine', 'ties', '--of', 'codse=1'), "Did you mean 'codes'?"), (('--combine', 'ties', '--save', 'codes'), 'already'),
+    (('--save', 'x'), 'add --combine'), (('--combine', 'ties', '--density', '2'), 'above 0, at most 1'), (('--add', 'codes=desk-codes'), 'already'), (('--add', 'x=desk-code'), "Did you mean 'desk-codes'?"), (('--add', 'x=desk'), 'holds several adapters')])
+def test_a_wrong_name_on_the_command_line_is_one_sentence(group, args, said):
+    code, out, err = command(group, 'adapters', 'desk', *args)
+    assert code==2 and said in err and err.startswith('ftnb: ') and err.count('\n')==1, err
+
+def test_a_grid_scores_every_cell_and_leaves_no_trace(group):
+    from ftnb.domains import combinations
+    from ftnb.shelf import Adapters
+    s = Adapters(group)
+    t = s.grid(combinations(['codes', 'tickets'], ('linear', 'ties'), density=(.2, .8)), rows=2)
+    assert [o['how'] for o in t]==['base', 'alone', 'alone', 'linear', 'ties', 'ties'] and [o['density'] for o in t][-2:]==[.2, .8]
+    assert s.names==['codes', 'tickets'] and s.active==[]
+    with pytest.raises(UserError, match="Did you mean 'codes'"): s.grid([dict(how='ties', weights=dict(code=1, tickets=1))])
+
+@pytest.mark.soak
+def test_three_adapters_answer_in_their_domain_and_not_in_the_format_of_the_others(tmp_path):
+    import sys
+    sys.path.insert(0, str(Path(__file__).parents[1]/'bench'))
+    import adapters as bench
+    from ftnb.runs import Run
+    from ftnb.shelf import Adapters
+    group = Run(bench.train(tmp_path, bench.make_data(tmp_path)))
+    s = group.report('tasks')['scores']
+    assert all(s[t][t]>=.9 and s['base'][t]<=.1 for t in bench.TEXTS)
+    assert all(s[w][t]<=.1 for w in bench.TEXTS for t in bench.TEXTS if w!=t)
+    with pytest.raises(UserError, match='Did you mean'): Adapters(group).use('ticket')
