@@ -1,11 +1,14 @@
 "Tokens that a recipe adds are learned, saved with the adapter and still there in what is exported; the old ones stay as they were"
+import dataclasses
 import pytest, torch
 from safetensors.torch import load_file
+from ftnb.adapter_config import config_of
 from ftnb.base import UserError
 from ftnb.export import export
 from ftnb.evaluate import evaluate
 from ftnb.generate import load
 from ftnb.load import fit_vocabulary, load_model
+from ftnb.methods import methods
 from ftnb.recipe import make_recipe
 from ftnb.tokenizer import load_tokenizer, new_token_ids
 from ftnb.train import train
@@ -26,7 +29,7 @@ def old(folder, name='model.embed_tokens.weight'): return load_file(f'{folder}/m
 
 soak = pytest.mark.soak
 @pytest.mark.parametrize('kind, peft', [('shared', 'lora'), pytest.param('apart', 'lora', marks=soak), pytest.param('wide', 'qlora', marks=soak), pytest.param('shared', 'bottleneck', marks=soak),
-    pytest.param('shared', 'trainable_tokens', marks=soak), pytest.param('shared', 'full', marks=soak), pytest.param('apart', 'full', marks=soak)])
+    pytest.param('shared', 'full', marks=soak), pytest.param('apart', 'full', marks=soak)])
 def test_two_new_tokens_go_through_training_evaluation_and_export(made, folders, kind, peft):
     folder, ends = folders[kind], 1+(kind=='apart')
     run = made(ROWS, model_name_or_path=folder, peft=peft, **BASE, **(dict(bottleneck_size=8) if peft=='bottleneck' else {}))
@@ -52,6 +55,25 @@ def test_two_new_tokens_go_through_training_evaluation_and_export(made, folders,
         if peft!='full': assert torch.equal(now[:n], before)
     pair = load(run)
     assert '<sum>' in pair.tok.decode(ids, skip_special_tokens=True) and pair.tuned.get_input_embeddings().weight.shape[0]==n+2
+
+def test_a_method_is_refused_in_words_unless_peft_trains_single_tokens_beside_it():
+    can = {n for n in methods if n=='full' or 'trainable_token_indices' in {f.name for f in dataclasses.fields(config_of(n))}}
+    for n in methods:
+        if n in can: assert make_recipe(dict(peft=n, new_tokens=NEW)).new_tokens==NEW
+        else:
+            with pytest.raises(UserError, match='new_tokens: .* can not train the embeddings of new tokens; set peft: lora'): make_recipe(dict(peft=n, new_tokens=NEW))
+    assert {'full', 'lora', 'qlora', 'dora', 'rslora', 'adalora', 'bottleneck'}==can
+
+def test_a_token_that_is_there_already_is_refused_and_a_new_pad_is_learned_with_the_others(tiny):
+    recipe = lambda **kw: make_recipe(dict(dict(model_name_or_path=tiny, dtype='float32', use_cpu=True), **kw))
+    with pytest.raises(UserError, match=r"new_tokens: '<\|im_end\|>' is in the vocabulary"): load_tokenizer(recipe(new_tokens=['<|im_end|>']))
+    for more,n in ((dict(pad_token='new'), 1), (dict(new_tokens=NEW), 2), (dict(pad_token='new', new_tokens=NEW), 3)):
+        r = recipe(**more)
+        tok, was = load_tokenizer(r), len(old(tiny))
+        model = make_trainable(fit_vocabulary(load_model(r), tok), r)
+        assert len(tok)==was+n and model.get_base_model().config.vocab_size==was+n
+        rows = model.peft_config['default'].trainable_token_indices
+        assert (rows and sorted(rows['embed_tokens']))==(list(range(was, was+n)) if 'new_tokens' in more else None)
 
 def test_every_load_makes_the_same_new_rows_and_leaves_the_random_state(tiny):
     r = make_recipe(dict(model_name_or_path=tiny, dtype='float32', use_cpu=True, new_tokens=NEW))
