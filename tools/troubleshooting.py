@@ -69,7 +69,7 @@ entries = {
     ("{model} has no weights in safetensors format, and other formats can run code on loading; convert it first.", 'Only pickled weights are there.', 'Convert in a throw-away environment: load with transformers, `save_pretrained`.'),
     ("{model} has no chat template (a base model): set chat_template_path, of {names} its vocabulary fits {fit}.", 'A base model has no format for conversations.', 'Set one that fits its vocabulary, or train on prompt and completion.'),
     ("{model} holds no tokenizer (no tokenizer.json): copy the one of its base model into the folder.", 'A checkpoint folder without tokenizer.', 'Copy `tokenizer.json` and `tokenizer_config.json` of the base.'),
-    ("lora_target_modules: the model has no layer {name}; it has {layers}.", 'Layers have other names in this model.', 'Take the listed ones, or `all-linear`.'),
+    ("lora_target_modules: {name} is no layer of {model}.", 'Layers have other names in this model.', 'Take the listed ones, or `all-linear`.'),
     ("lora_r: {r} is over the width of {layer}, {n}: the update would be larger than the layer.", 'The rank is larger than the layer.', 'A smaller `lora_r`.'),
 ],
 'Memory, device and training': [
