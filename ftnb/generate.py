@@ -17,6 +17,7 @@ from .chat import render
 from .fields import Recipe
 from .load import find_device, fit_vocabulary, load_model, pick_dtype
 from .loss import is_plain, parts, selected_loss
+from .parent import find_parent
 from .runs import Run, run_folder
 from .several import adapter_folder
 from .tokenizer import load_tokenizer, run_tokenizer
@@ -93,7 +94,7 @@ def row_losses(
         ids, mask = fill([rows[i][0] for i in idx], pad), fill([[1]*len(rows[i][0]) for i in idx], 0)
         labels = fill([rows[i][1] for i in idx], -100)
         with torch.inference_mode():
-            hidden = dec(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state if plain else model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            hidden = dec(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state if plain else model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -n:] # prompt methods answer for their virtual tokens, too
             for j,i in enumerate(idx):
                 loss, k = selected_loss(head if plain else _Same(hidden.shape[-1]), hidden[j:j+1], labels[j:j+1])
                 out[i] = (loss.item(), k)
@@ -121,12 +122,22 @@ class Pair:
         else:
             if r.peft=='bottleneck': import ftnb.bottleneck # makes it known to PEFT
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok)
-            self.tuned = PeftModel.from_pretrained(self.base, str(adapter)) if which!='base' else self.base
+            parent = find_parent(r) if which!='tuned' else None
+            start = parent.folder if parent and parent.adapter else None
+            if which!='base': self.tuned = PeftModel.from_pretrained(self.base, str(adapter))
+            else: self.tuned = PeftModel.from_pretrained(self.base, str(start), adapter_name='start') if start else self.base
+            if start and which!='base': self.tuned.load_adapter(str(start), 'start')
 
     @contextmanager
     def using(self, which:str): # base or tuned
         "The model, set to answer as `which`"
         model = self.base if self.full and which=='base' else self.tuned
+        if which=='base' and 'start' in getattr(model, 'peft_config', {}): # what training went on from
+            own = model.active_adapter
+            model.set_adapter('start')
+            try: yield model
+            finally: model.set_adapter(own)
+            return
         off = model.disable_adapter() if which=='base' and isinstance(model, PeftModel) else nullcontext()
         with off: yield model
 

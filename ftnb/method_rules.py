@@ -21,6 +21,22 @@ def losses_of(
     "The losses a recipe trains with"
     return [loss_types[r.method][0]] if r.loss_type is None else [r.loss_type] if isinstance(r.loss_type, str) else list(r.loss_type)
 
+_any_divergence = ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'exo_pair', 'robust', 'discopop', 'sft') # losses of a difference, where its unknown constant cancels
+def _preference_faults(r, names):
+    "What TRL's preference trainers can't do, found before they are loaded"
+    if 'exo_pair' in names and not r.label_smoothing: yield 'label_smoothing', 'loss_type: exo_pair needs a label_smoothing above 0, such as 0.001'
+    if r.method=='dpo' and r.f_divergence_type!='reverse_kl':
+        if other := [l for l in names if l not in _any_divergence]: yield 'f_divergence_type', f'f_divergence_type: {r.f_divergence_type} does not go with loss_type: {other[0]}; leave it out, or take one of {", ".join(_any_divergence)}'
+    if r.method=='kto' and names==['kto']:
+        if r.per_device_train_batch_size<2: yield 'per_device_train_batch_size', 'per_device_train_batch_size: 1 leaves kto no other answer of the batch to estimate its divergence from; set 2 or more, or loss_type: apo_zero_unpaired'
+        if r.train_sampling_strategy not in ('auto', 'sequential'): yield 'train_sampling_strategy', f'train_sampling_strategy: {r.train_sampling_strategy} would part the rows that kto compares; leave it out: they are mixed once, by the seed'
+    if r.peft=='full': return
+    start = str(r.init_lora_weights)
+    if start.startswith(('eva', *(() if r.method=='orpo' else ('pissa', 'olora', 'loftq')))): yield 'init_lora_weights', f'init_lora_weights: {start} is for method: sft; {r.method} {"has no single answer to take directions from" if start=="eva" else "compares with the model without adapter, which is another one after this start"}; leave it out'
+    targets = r.lora_target_modules if isinstance(r.lora_target_modules, list) else [r.lora_target_modules]
+    if 'lm_head' in targets and r.method!='orpo': yield 'lora_target_modules', f'lora_target_modules: an adapter on lm_head is not trained by {r.method}, whose likelihoods are taken from its weights; leave lm_head out'
+    if r.method=='orpo' and r.peft in ('prompt', 'ptuning'): yield 'peft', f'peft: {r.peft} adds tokens to the sequence, which orpo does not expect; set method: dpo, or peft: prefix or lora'
+
 def loss_faults(
     r, # A `Recipe` whose method is known
 ):
@@ -38,6 +54,7 @@ def loss_faults(
     if r.method!='sft':
         for k,v in (('packing', False), ('neftune_noise_alpha', None), ('label_smoothing_factor', 0.)):
             if getattr(r, k)!=v: yield k, f'{k}: {getattr(r, k)} is for method: sft; with {r.method} leave it out'
+        yield from _preference_faults(r, names)
 
 # %% ../nbs/03b_method_rules.ipynb #45b9d00e
 def _base_faults(r, m):

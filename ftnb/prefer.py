@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['orpo_places', 'find_orpo', 'DPO', 'KTO', 'orpo_row', 'orpo_trainer', 'config_class', 'needs_order', 'row_lengths',
-           'in_order', 'build_trainer']
+           'in_order', 'go_on', 'build_trainer']
 
 # %% ../nbs/33b_prefer.ipynb #3fd5b04e
 import os
@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from datasets import Dataset
+from peft import PeftModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
 from .adapter_config import adapter_config
@@ -101,6 +102,16 @@ def in_order(
     return rows.shuffle(seed=r.seed if r.data_seed is None else r.data_seed) if r.method=='kto' else rows
 
 # %% ../nbs/33b_prefer.ipynb #27285eb0
+def go_on(
+    model, # As `load_model` gives it
+    folder, # Of an adapter
+):
+    "`model` with an earlier adapter on it, to be trained further"
+    out = PeftModel.from_pretrained(trains(model), str(folder), is_trainable=True)
+    c = out.peft_config['default']
+    if hasattr(c, 'init_lora_weights'): c.init_lora_weights = True # its start lies behind it; TRL's frozen copy would make it anew
+    return out
+
 def build_trainer(
     r:Recipe,
     model, # As `load_model` gives it, or with an adapter that training goes on from

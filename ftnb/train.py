@@ -18,7 +18,8 @@ from .base import UserError, disk_error
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, quiet
 from .measure import Meter, OutOfMemory, is_oom, memory_report, oom_sentence, smaller_batch
 from .method_steps import callbacks_of, first_batches, optimizer_of, steps_of
-from .prefer import build_trainer, in_order, needs_order, row_lengths
+from .parent import check_parent
+from .prefer import build_trainer, go_on, in_order, needs_order, row_lengths
 from .runs import Run, inputs_of, peak_memory
 from .tokenizer import run_tokenizer
 from .train_report import train_line
@@ -44,11 +45,14 @@ def make_trainer(
     os.environ.setdefault('TENSORBOARD_LOGGING_DIR', str(run.path('tensorboard')))
     quiet()
     set_seed(r.seed)
+    parent = check_parent(r)
+    if parent: run.note(parent=parent.note)
     tok = run_tokenizer(run)
     train, valid = (in_order(r, token_data(run, s)) for s in ('train', 'valid'))
     if train is None: raise UserError(f'{run.name} has no training rows.')
     args = training_args(r, run, row_lengths(r.method, train), valid is not None and r.eval_strategy!='no')
     model = fit_vocabulary(load_model(r), tok)
+    if parent and parent.adapter: model = go_on(model, parent.folder)
     stop = Stopper(run)
     calls = [Monitor(run), stop, *callbacks_of(r)]
     if r.early_stopping_patience: calls.append(EarlyStoppingCallback(r.early_stopping_patience, r.early_stopping_threshold))
@@ -119,15 +123,15 @@ def train(
     "Train, resume or finish a run and save its adapter or model; a `UserError` says what stopped it"
     r, t = run.recipe, time.time()
     trainer, ckpt = _train(run, trainer or make_trainer(run))
-    total, trained = count_parameters(trainer.model)
     st = trainer.state
     if trainer.stopper.stopped and st.global_step<st.max_steps:
         run.log('stopped', step=st.global_step)
         raise Stopped(f'Training was stopped at step {st.global_step} of {st.max_steps}; checkpoint-{st.global_step} is kept, and the same command goes on from it.')
+    if 'ref' in getattr(trainer.model, 'peft_config', {}): trainer.model.delete_adapter('ref') # the frozen copy that DPO and KTO compare with
+    total, trained = count_parameters(trainer.model)
     target = run.path('model' if r.peft=='full' else 'adapter')
     try:
         trainer.save_model(str(target))
-        shutil.rmtree(target/'ref', ignore_errors=True) # the frozen copy that DPO and KTO compare with
         if r.push_to_hub: trainer.push_to_hub()
     except Exception as e: raise disk_error(e, target) or e
     seconds = time.time()-t

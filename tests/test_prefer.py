@@ -145,3 +145,9 @@ def test_a_resumed_preference_training_ends_where_an_uninterrupted_one_does(prep
     assert train(run)['resumed_from']=='checkpoint-2'
     a, b = (load_file(o.path('adapter/adapter_model.safetensors')) for o in (whole, run))
     assert max((a[k]-b[k]).abs().max().item() for k in a)<1e-6
+
+@pytest.mark.parametrize('values, said', [(dict(method='dpo', loss_type='exo_pair'), 'needs a label_smoothing'), (dict(method='dpo', loss_type='nca_pair', f_divergence_type='forward_kl'), 'does not go with loss_type: nca_pair'),
+    (dict(method='kto', per_device_train_batch_size=1), 'set 2 or more'), (dict(method='kto', train_sampling_strategy='random'), 'mixed once, by the seed'), (dict(method='dpo', init_lora_weights='pissa'), 'another one after this start'),
+    (dict(method='dpo', lora_target_modules=['q_proj', 'lm_head']), 'leave lm_head out'), (dict(method='orpo', peft='prompt'), 'set method: dpo')])
+def test_what_trls_trainers_would_refuse_late_is_refused_early(values, said):
+    with pytest.raises(UserError, match=said): make_recipe(values)
