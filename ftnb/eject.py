@@ -10,6 +10,7 @@ import shutil, tempfile
 from pathlib import Path
 from .base import UserError, write_atomic
 from .fields import Recipe
+from .methods import lora_family
 from .prepare import prepare
 from .runs import Run, versions
 from .tokenizer import load_tokenizer
@@ -22,6 +23,14 @@ _stack = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'accelerate', 'd
 def _rows(path):
     import pyarrow.parquet as pq
     return pq.read_metadata(path).num_rows if path.exists() else 0
+
+_unsaid = ('adapter_name_or_path', 'loraplus_lr_ratio', 'lora_exclude_modules', 'new_tokens', 'peft_args', 'trainable_modules', 'trainable_token_indices')
+def _can_be_ejected(r):
+    "A `UserError` for what the script would leave out"
+    if r.method!='sft': raise UserError(f'method: {r.method} can not be ejected in this version; sft can.')
+    if r.peft not in ('full', *lora_family): raise UserError(f'peft: {r.peft} can not be ejected in this version; full, {", ".join(lora_family)} can.')
+    for k in _unsaid:
+        if getattr(r, k): raise UserError(f'{k} can not be ejected in this version; leave it out.')
 
 def eject(
     run, # A `Run` with prepared data, or a `Recipe`, whose data is then prepared first
@@ -36,7 +45,7 @@ def eject(
             prepare(made)
             return eject(made, folder)
     r = run.recipe
-    if r.method!='sft': raise UserError(f'method: {r.method} can not be ejected in this version; sft can.')
+    _can_be_ejected(r)
     if not _rows(run.path('data', 'train.tokens.parquet')): raise UserError(f'{run.name} has no prepared data; run stage 1 first: ftnb run {run.name} --to prepare.')
     has_valid = r.eval_strategy!='no' and _rows(run.path('data', 'valid.tokens.parquet'))>0
     for f,to in _copied.items():

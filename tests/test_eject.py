@@ -146,3 +146,8 @@ def test_a_folder_in_use_and_a_run_without_data_are_refused(made, tmp_path):
     assert (tmp_path/'mine'/'a').read_text()=='x'
     with pytest.raises(UserError, match='run stage 1 first'): eject(Run(tmp_path/'empty', make_recipe({})), tmp_path/'b')
     assert not (tmp_path/'b').exists()
+
+@pytest.mark.parametrize('values, said', [(dict(peft='lora', new_tokens=['<a>']), 'new_tokens can not be ejected'), (dict(peft='full', trainable_modules=['mlp']), 'trainable_modules can not be ejected'), (dict(peft='ia3'), 'peft: ia3 can not be ejected')])
+def test_what_the_script_would_leave_out_is_refused(tmp_path, values, said):
+    with pytest.raises(UserError, match=said): eject(Run(tmp_path/'r', make_recipe(values)), tmp_path/'c')
+    assert not (tmp_path/'c').exists()
