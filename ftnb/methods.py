@@ -28,7 +28,7 @@ class Method:
     targets:str='linear' # What all-linear means for it: linear, ia3, writes, norms or values
 
 _arxiv = 'https://arxiv.org/abs/'
-_whole, _eight, _four = dict(bits=(16,)), dict(bits=(16, 8)), dict(bits=(16, 4))
+_whole, _eight = dict(bits=(16,)), dict(bits=(16, 8))
 _prompt = dict(merges=False, packs=False)
 _rows = [
     Method('full', 'Full fine-tuning', '', 'own', 'nothing: the weights themselves are trained', '', merges=False, bits=(16,)),
@@ -54,10 +54,10 @@ _rows = [
     Method('unilora', 'Uni-LoRA', 'UniLoraConfig', 'layer', 'one vector for the whole model, spread over all of LoRA\'s weights', _arxiv+'2506.00799', **_whole),
     Method('shira', 'SHiRA', 'ShiraConfig', 'layer', 'some single weights of a layer, chosen at random', _arxiv+'2406.13175'),
     Method('supertuning', 'Supertuning', 'SupertuningConfig', 'layer', 'the largest single weights of a layer', _arxiv+'2607.09287', **_whole),
-    Method('c3a', 'C3A', 'C3AConfig', 'layer', 'a block-circular convolution as the update', _arxiv+'2407.19342', **_four),
+    Method('c3a', 'C3A', 'C3AConfig', 'layer', 'a block-circular convolution as the update', _arxiv+'2407.19342'),
     Method('road', 'RoAd', 'RoadConfig', 'layer', 'rotations of pairs of outputs', _arxiv+'2409.00119'),
     Method('delora', 'DeLoRA', 'DeloraConfig', 'layer', 'LoRA with its strength and its direction apart', _arxiv+'2503.18225', **_whole),
-    Method('gralora', 'GraLoRA', 'GraloraConfig', 'layer', 'LoRA for each block of a layer\'s matrix', _arxiv+'2505.20355', **_four),
+    Method('gralora', 'GraLoRA', 'GraloraConfig', 'layer', 'LoRA for each block of a layer\'s matrix', _arxiv+'2505.20355'),
     Method('hira', 'HiRA', 'HiraConfig', 'layer', 'the base\'s weights times a low-rank update', 'https://openreview.net/forum?id=TwJrTz9cRS'),
     Method('glora', 'GLoRA', 'GloraConfig', 'layer', 'a low-rank change and a low-rank scale of a layer', _arxiv+'2306.07967', **_whole),
     Method('psoft', 'PSOFT', 'PsoftConfig', 'layer', 'a rotation among the main directions of a layer', 'https://openreview.net/forum?id=FSHrinMArK', dict(psoft_svd='lowrank'), **_whole),
