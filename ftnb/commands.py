@@ -117,6 +117,7 @@ def cmd_show(a):
     ev = run.report('evaluate')
     if a.json: return show_value(dict(run=run.name, recipe=to_dict(run.recipe), state=run.state, manifest=run.manifest, evaluate=ev, train=run.report('train'), export=run.report('export'), tasks=run.report('tasks')), True)
     print(recipe_table(run.recipe, all=False), '', Table([dict(stage=k, status=v['status'], seconds=v.get('seconds', ''), result=v.get('line') or '') for k,v in run.state.items()]), sep='\n')
+    if (p := run.manifest.get('parent')): print('', f'goes on from {p["name"]} ({p["folder"]}, {"adapter "+p["adapter"] if "adapter" in p else "model "+p["model"]}, recipe {p["recipe"] or "unknown"})', sep='\n')
     if ev: print('', metric_table(ev), sep='\n')
     if (t := run.report('tasks')): print('', matrix_table(t), sep='\n')
     if run.recipe.spec: print('', requirements(run), sep='\n')

@@ -13,6 +13,7 @@ from pathlib import Path
 from .base import UserError, duration, nearest, shipped, write_json
 from .fields import Recipe, defaults, names
 from .access import load_env
+from .parent import check_parent
 from .process import owned
 from .recipe import make_recipe, save_recipe, to_dict
 from .runs import Run, begin, end, free_name, inputs_of, requirements, stage_fields, stages, upstream
@@ -65,6 +66,7 @@ def start_stage(
     old = Run(folder) if (folder/'recipe.yaml').exists() else None
     base = to_dict(old.recipe) if old else {}
     r = make_recipe({**base, **given}, 'parameters')
+    if stage in ('prepare', 'plan', 'train'): check_parent(r) # the others need only what training left
     run = Run(folder, r)
     for s in upstream[stage]:
         if run.done(s): continue

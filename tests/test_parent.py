@@ -103,3 +103,12 @@ def test_a_start_that_does_not_fit_is_one_sentence_before_anything_is_loaded(pre
     if what=='untrained': folder = made(**LORA).folder
     run = prepared('dpo', **{**values, 'adapter_name_or_path': str(folder)})
     with pytest.raises(UserError, match=said): make_trainer(run)
+
+def test_show_and_a_stage_say_what_a_run_goes_on_from(prepared, taught, capsys, monkeypatch):
+    from ftnb.cli import main
+    from ftnb.stages import start_stage
+    run = prepared('dpo', lora_alpha=8, adapter_name_or_path=str(taught.folder))
+    make_trainer(run)
+    main(['show', str(run.folder)])
+    assert f'goes on from {taught.name} (' in capsys.readouterr().out
+    with pytest.raises(UserError, match='there is no run and no folder'): start_stage('train', dict(output_dir=str(run.folder), adapter_name_or_path='nowhere'))
