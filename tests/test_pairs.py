@@ -134,12 +134,12 @@ def test_lengths_are_those_of_the_longer_side_and_trained_tokens_those_of_both(p
     assert r['train_tokens']==r['trained_tokens']+2*sum(len(t['prompt_ids']) for t in toks)
 
 LONG = ' '.join(map(str, range(100)))
-def test_truncating_keeps_the_prompt_and_a_prompt_that_fills_max_length_is_set_aside(prep):
+def test_truncating_keeps_the_prompt_and_a_prompt_that_fills_max_length_is_set_aside(prep, tokenizer):
     rows = pairs(30)+[dict(prompt='Count', chosen='No.', rejected=LONG), dict(prompt=f'{LONG} and on?', chosen='Yes.', rejected='No.'), dict(prompt='Count on', chosen=f'{LONG} and that is it', rejected=f'{LONG} or so')]
     run, r = prep(rows, max_length=90, excess_length_strategy='truncate', test_size=0, valid_size=0, accept=dict(nothing_cut='planted'))
     assert [a['reason'] for a in r['set_aside']]==['nothing to train on within max_length: 90']*2 # nothing is left to tell the last pair's answers apart by
     long, = [t for rec,t in zip(*saved(run)) if rec['prompt'][0]['content']=='Count']
-    assert len(long['prompt_ids'])+len(long['rejected_ids'])==90 and 0<len(long['chosen_ids'])<10
+    assert tokenizer.decode(long['rejected_ids']).startswith('0 1 2 3') and len(long['prompt_ids'])+len(long['rejected_ids'])==90 and 0<len(long['chosen_ids'])<10
     run, r = prep(rows, max_length=90, excess_length_strategy='drop', test_size=0, valid_size=0)
     assert r['aside']==3 and {a['reason'].split(':')[0] for a in r['set_aside']}=={'longer than max_length'}
 
