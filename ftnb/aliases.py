@@ -7,7 +7,7 @@ __all__ = ['renamed', 'reshaped', 'respelled', 'needless', 'apply_aliases']
 
 # %% ../nbs/02_aliases.ipynb #1e9d21e8
 import enum
-from .base import UserError
+from .base import UserError, nearest
 from .refused import refused
 
 # %% ../nbs/02_aliases.ipynb #ae875217
@@ -50,8 +50,11 @@ def _percent(v):
     return dict(valid_size=_number(v)/100)
 
 def _peft_type(v):
-    if str(v).lower()!='lora': raise UserError('is not in this version; LORA is')
-    return dict(peft='lora')
+    from ftnb.methods import methods, not_offered, peft_types
+    t = str(v).rpartition('.')[2].upper()
+    if t in peft_types: return dict(peft=peft_types[t])
+    if t.lower() in methods: return dict(peft=t.lower())
+    raise UserError(f'is not offered: {not_offered[t]}' if t in not_offered else f'is no type of PEFT.{nearest(t, peft_types)}'.rstrip('.'))
 
 def _truncation(v):
     if v!='keep_start': raise UserError('cuts the beginning of a row off, which TRL gives up too; set excess_length_strategy')

@@ -13,6 +13,7 @@ from pathlib import Path
 from .base import Table, UserError, nearest, write_atomic
 from .aliases import apply_aliases
 from .fields import Recipe, defaults, group_of, groups, help_of, names, types
+from .method_rules import means
 from .rules import check
 
 # %% ../nbs/06_recipe.ipynb #571a12d7
@@ -130,10 +131,12 @@ def diff_recipes(a:Recipe, b:Recipe)->Table:
     return Table([dict(field=k, a=getattr(a, k), b=getattr(b, k)) for k in names if getattr(a, k)!=getattr(b, k)], cols=['field', 'a', 'b'])
 
 # %% ../nbs/06_recipe.ipynb #b1e0d55f
-_of_lora = {n for n in names if n.startswith(('lora_', 'use_rslora', 'use_dora', 'init_lora', 'layers_', 'rank_p', 'alpha_p'))}
+_of_loss = dict(beta=('dpo', 'orpo', 'kto'), loss_weights=('dpo',), label_smoothing=('dpo',), f_divergence_type=('dpo',), desirable_weight=('kto',), undesirable_weight=('kto',), precompute_ref_log_probs=('dpo', 'kto'),
+    **dict.fromkeys(('packing', 'packing_strategy', 'neftune_noise_alpha', 'label_smoothing_factor'), ('sft',)))
 def applies(r:Recipe, name:str)->bool:
     "Whether a field means anything for this recipe's method"
-    if name in _of_lora: return r.peft!='full'
+    if name in _of_loss and r.method not in _of_loss[name]: return False
+    if not means(r, name): return False
     if name.startswith('bnb_4bit') or name=='use_bnb_nested_quant': return r.load_in_4bit or r.peft=='qlora'
     if name.startswith('llm_int8'): return r.load_in_8bit
     return True
