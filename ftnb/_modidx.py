@@ -1019,6 +1019,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftnb.method_rules._start_faults': ('method_rules.html#_start_faults', 'ftnb/method_rules.py'),
                                    'ftnb.method_rules._token_faults': ('method_rules.html#_token_faults', 'ftnb/method_rules.py'),
                                    'ftnb.method_rules._unknown': ('method_rules.html#_unknown', 'ftnb/method_rules.py'),
+                                   'ftnb.method_rules.learning_rate': ('method_rules.html#learning_rate', 'ftnb/method_rules.py'),
                                    'ftnb.method_rules.loss_faults': ('method_rules.html#loss_faults', 'ftnb/method_rules.py'),
                                    'ftnb.method_rules.losses_of': ('method_rules.html#losses_of', 'ftnb/method_rules.py'),
                                    'ftnb.method_rules.means': ('method_rules.html#means', 'ftnb/method_rules.py'),

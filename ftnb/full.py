@@ -9,6 +9,8 @@ __all__ = ['picked', 'make_full', 'name_of', 'token_rows', 'rows_only']
 import re
 from functools import partial
 
+from peft.utils.other import TrainableTokensWrapper
+
 from .base import UserError, nearest
 from .fields import Recipe
 from .tokenizer import load_tokenizer, new_token_ids
@@ -63,12 +65,12 @@ def token_rows(
 ):
     "What `trainable_token_indices` of a PEFT configuration has to be; None if no token is trained by itself"
     own = r.trainable_token_indices
-    if not r.new_tokens: return own
+    if not r.new_tokens and not (own and r.pad_token=='new'): return own
     tok = load_tokenizer(r)
     ids = sorted({*new_token_ids(tok, r.new_tokens), *([tok.pad_token_id] if r.pad_token=='new' else [])})
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    if getattr(ends[-1], 'bias', None) is not None: raise UserError(f'new_tokens: the output layer of {r.model_name_or_path} has a bias, which PEFT leaves out where it trains single tokens; set peft: full.')
     if model.config.get_text_config().tie_word_embeddings: ends = ends[:1]
-    elif getattr(ends[-1], 'bias', None) is not None: raise UserError(f'new_tokens: the output layer of {r.model_name_or_path} has a bias, which PEFT leaves out where it trains single tokens; set peft: full.')
     names = [n for m in ends if (n := name_of(model, m)) not in (r.lora_modules_to_save or ())]
     rows = {n: ids for n in names}
     for n,more in (own if isinstance(own, dict) else {names[0]: own} if own and names else {}).items(): rows[n] = sorted({*rows.get(n, ()), *more})
@@ -78,6 +80,8 @@ def token_rows(
 def rows_only(
     model, # A `PeftModel` on a base with new tokens
 ):
-    "`model` that saves the rows of its new tokens, and not the embeddings whole"
+    "`model` that saves the rows of its new tokens, and not the embeddings whole; TRL's loss finds its output layer without a bias"
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper): head.bias = None # TRL asks for it, and PEFT's wrapper hands on the weight only
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     return model

@@ -127,5 +127,5 @@ def build_trainer(
         ref = None if r.precompute_ref_log_probs else deepcopy(model).requires_grad_(False)
         return cls(model=make_trainable(model, r), ref_model=ref, **kw)
     out = cls(model=trains(model), peft_config=adapter_config(r, model, steps) if fresh else None, **kw)
-    if r.new_tokens: rows_only(out.model)
+    if r.new_tokens or r.trainable_token_indices: rows_only(out.model)
     return out

@@ -111,7 +111,7 @@ def make_trainable(
     if r.peft=='full': return make_full(model, r)
     config = adapter_config(r, model, steps or (r.max_steps if r.max_steps>0 else None))
     out = _wrap(model, config, r)
-    if r.new_tokens: rows_only(out)
+    if r.new_tokens or r.trainable_token_indices: rows_only(out)
     if r.init_lora_weights=='eva': start_eva(out, batches)
     if r.init_lora_weights=='loftq': start_loftq(out, model_path(r.model_name_or_path))
     return out

@@ -11,7 +11,7 @@ from ftnb.load import fit_vocabulary, load_model
 from ftnb.methods import methods
 from ftnb.recipe import make_recipe
 from ftnb.tokenizer import load_tokenizer, new_token_ids
-from ftnb.train import train
+from ftnb.train import make_trainer, train
 from ftnb.tune import make_trainable
 from conftest import make_tiny
 
@@ -81,3 +81,17 @@ def test_every_load_makes_the_same_new_rows_and_leaves_the_random_state(tiny):
     a, b = (fit_vocabulary(load_model(r), load_tokenizer(r)).get_input_embeddings().weight for _ in range(2))
     assert torch.equal(a, b) and torch.equal(state, torch.random.get_rng_state())
     torch.testing.assert_close(a[-2:].detach(), old(tiny).mean(0).expand(2, -1), rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('kind, values', [('shared', dict(new_tokens=NEW)), pytest.param('apart', dict(new_tokens=NEW), marks=soak), pytest.param('shared', dict(trainable_token_indices=[33, 34]), marks=soak)])
+def test_the_rows_get_the_gradient_of_trls_own_loss(made, folders, kind, values, monkeypatch):
+    grads = []
+    for short in (True, False):
+        run = made(ROWS, model_name_or_path=folders[kind], peft='lora', seed=1, **values)
+        trainer = make_trainer(run)
+        monkeypatch.setattr(type(trainer), 'selects', lambda self, model: short)
+        model = trainer.model.train()
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.compute_loss(model, batch).backward()
+        grads.append({n: p.grad for n,p in model.named_parameters() if 'trainable_tokens_delta' in n})
+    assert len(grads[0])==1+(kind=='apart') and all(g.abs().sum()>0 for g in grads[0].values())
+    for n,g in grads[0].items(): torch.testing.assert_close(g, grads[1][n], rtol=1e-4, atol=1e-6)
