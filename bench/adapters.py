@@ -4,7 +4,7 @@ Three small data sets by rule, each with a format of its own (an upper-case code
 ticket), one recipe with `tasks`, LoRA on smollm2-135m. Then every adapter on every task's held-out rows, and a grid of
 combinations in one call, with the share of each single adapter's score that is kept.
 
-    python bench/adapters.py [--steps 60] [--rows 40] [--keep FOLDER] [--out bench/results/adapters.json]
+    python bench/adapters.py [--steps 60] [--rows 40] [--grid-rows 16] [--keep FOLDER] [--out bench/results/adapters.json]
 """
 import argparse, json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -60,12 +60,12 @@ def train(folder, data, steps=60):
 def combos(names):
     "The grid: every way with weights of 1, ties at three densities and other weights"
     from ftnb.domains import combinations
-    out = combinations(names, ('ties',), density=(.2, .5, .8))+combinations(names, ('linear', 'cat', 'svd', 'dare_ties', 'dare_linear', 'magnitude_prune'), density=(.5,))
-    return out+combinations(names, ('ties_svd',), density=(.2, .5))+combinations(names, ('ties',), weights=(1.5, 2.), density=(.2,))+combinations(names, ('cat', 'linear'), weights=(.5,))
+    out = combinations(names, ('ties',), density=(.5, .2, .8))+combinations(names, ('cat', 'linear', 'svd', 'dare_ties'), density=(.5,))
+    return out+combinations(names, ('ties_svd', 'dare_linear', 'magnitude_prune'), density=(.5,))+combinations(names, ('ties',), weights=(2.,), density=(.2, .5))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--steps', type=int, default=60); p.add_argument('--rows', type=int, default=40); p.add_argument('--keep'); p.add_argument('--out', default='bench/results/adapters.json')
+    p.add_argument('--steps', type=int, default=60); p.add_argument('--rows', type=int, default=40); p.add_argument('--grid-rows', type=int, default=16); p.add_argument('--keep'); p.add_argument('--out', default='bench/results/adapters.json')
     a = p.parse_args()
     from ftnb.runs import Run, hardware, versions
     with tempfile.TemporaryDirectory() as tmp:
@@ -76,12 +76,15 @@ def main():
         trained = time.time()-t
         from ftnb.shelf import Adapters
         shelf = Adapters(group)
-        rep, t = group.report('tasks'), time.time()
-        table = shelf.grid(combos(shelf.names), progress=lambda *o: print(*o, file=sys.stderr))
-        res = dict(about='Three LoRA adapters (r 8, all linear layers) on smollm2-135m, three formats; shares from 0 to 1', steps=a.steps, rows=rep['n'], measure=rep['metric'], scores=rep['scores'],
-            answers=[o for t in rep['tasks'] for o in [x for x in rep['answers'] if x['task']==t][:2]], grid=table.rows, ties_keeps_80=max(o['least'] for o in table.rows if o['how']=='ties')>=.8,
-            adapter_bytes={k: o['bytes'] for k,o in shelf.infos.items()}, seconds=dict(runs=round(trained), grid=round(time.time()-t)), versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command=' '.join(['python', *sys.argv]))
-    Path(a.out).write_text(json.dumps(res, indent=1, default=str)+'\n')
-    print(table)
+        rep, t, rows = group.report('tasks'), time.time(), []
+        for c in combos(shelf.names): # one call could take them all; the file grows while it runs
+            table = shelf.grid([c], rows=a.grid_rows).rows
+            rows = [*(rows or table[:-1]), table[-1]]
+            print(rows[-1], file=sys.stderr)
+            best = max((o for o in rows if o['how'].startswith('ties')), key=lambda o: o['least'], default=None)
+            res = dict(about='Three LoRA adapters (r 8, all linear layers) on smollm2-135m, three formats; shares from 0 to 1', steps=a.steps, rows=rep['n'], measure=rep['metric'], scores=rep['scores'],
+                answers=[o for t in rep['tasks'] for o in [x for x in rep['answers'] if x['task']==t][:2]], grid_rows=a.grid_rows, grid=rows, best_ties=best, ties_keeps_80=bool(best and best['least']>=.8),
+                adapter_bytes={k: o['bytes'] for k,o in shelf.infos.items()}, seconds=dict(runs=round(trained), grid=round(time.time()-t)), versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command='python bench/adapters.py')
+            Path(a.out).write_text(json.dumps(res, indent=1, default=str)+'\n')
 
 if __name__=='__main__': main()

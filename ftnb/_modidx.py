@@ -1294,6 +1294,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ftnb.plan._line': ('plan.html#_line', 'ftnb/plan.py'),
                            'ftnb.plan._memory': ('plan.html#_memory', 'ftnb/plan.py'),
                            'ftnb.plan._offload': ('plan.html#_offload', 'ftnb/plan.py'),
+                           'ftnb.plan._packed': ('plan.html#_packed', 'ftnb/plan.py'),
                            'ftnb.plan._room': ('plan.html#_room', 'ftnb/plan.py'),
                            'ftnb.plan._schedule': ('plan.html#_schedule', 'ftnb/plan.py'),
                            'ftnb.plan._stages': ('plan.html#_stages', 'ftnb/plan.py'),

@@ -42,11 +42,13 @@ def read_domain(
     tok = tok or run_tokenizer(run)
     _, recs, _ = held_out(run)
     asked = [(*prompt_of(tok, o, run.recipe.think), o) for o in recs]
-    asked = [o for o in asked if o[1] is not None][:rows]
+    asked = [o for o in asked if o[1] is not None]
     if not asked: raise UserError(f'No held-out row of {run.name} asks for an answer, so its adapter can not be scored on others; set test_size above 0.')
+    limit = answer_limit(run, tok, [o[1] for o in asked])
+    asked = asked[:rows]
     refs = [o[1] for o in asked]
     metric = metric or ('field_accuracy' if is_json_set(refs) else 'exact_match' if max(map(len, refs))<=80 else 'chrf')
-    return Domain(name, run, [o[0] for o in asked], [o[2]['messages'][-2]['content'] for o in asked], refs, answer_limit(run, tok, refs), metric)
+    return Domain(name, run, [o[0] for o in asked], [o[2]['messages'][-2]['content'] for o in asked], refs, limit, metric)
 
 def rate(
     said:list, # Answers
@@ -68,8 +70,8 @@ def _ask(shelf, who, d, progress=None):
 def _reported(d):
     "What the run's evaluation says of these rows, as {base: answers, tuned: answers}; empty if it was of others"
     rep = d.run.report('evaluate') if d.run.done('evaluate') else None
-    if not rep or rep['max_new_tokens']!=d.limit or [o['reference'] for o in rep['answers']]!=d.refs: return {}
-    return {w: [o[w] for o in rep['answers']] for w in ('base', 'tuned')}
+    rows = rep['answers'][:len(d.refs)] if rep and rep['max_new_tokens']==d.limit else []
+    return {w: [o[w] for o in rows] for w in ('base', 'tuned')} if [o['reference'] for o in rows]==d.refs else {}
 
 def domains_of(
     shelf, # An `Adapters`
