@@ -77,14 +77,14 @@ def main():
         from ftnb.shelf import Adapters
         shelf = Adapters(group)
         rep, t, rows = group.report('tasks'), time.time(), []
-        for c in combos(shelf.names): # one call could take them all; the file grows while it runs
-            table = shelf.grid([c], rows=a.grid_rows).rows
-            rows = [*(rows or table[:-1]), table[-1]]
-            print(rows[-1], file=sys.stderr)
+        def note(row): # the file grows while it runs
+            rows.append(row)
+            print(row, file=sys.stderr)
             best = max((o for o in rows if o['how'].startswith('ties')), key=lambda o: o['least'], default=None)
             res = dict(about='Three LoRA adapters (r 8, all linear layers) on smollm2-135m, three formats; shares from 0 to 1', steps=a.steps, rows=rep['n'], measure=rep['metric'], scores=rep['scores'],
                 answers=[o for t in rep['tasks'] for o in [x for x in rep['answers'] if x['task']==t][:2]], grid_rows=a.grid_rows, grid=rows, best_ties=best, ties_keeps_80=bool(best and best['least']>=.8),
                 adapter_bytes={k: o['bytes'] for k,o in shelf.infos.items()}, seconds=dict(runs=round(trained), grid=round(time.time()-t)), versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command='python bench/adapters.py')
             Path(a.out).write_text(json.dumps(res, indent=1, default=str)+'\n')
+        shelf.grid(combos(shelf.names), rows=a.grid_rows, each=note)
 
 if __name__=='__main__': main()

@@ -125,6 +125,7 @@ def grid(
     metric:str=None, # A measure for all tasks; none: by the answers
     rows:int=None, # Held-out rows of each task at most
     progress=None, # Called with (what, task)
+    each=None, # Called with each row as soon as it is there
 )->Table: # how, weights, density; of each task the score, and the share of its own adapter's that is kept; the least of these
     "Each combination made, scored on every task, and taken away again; the base and the single adapters come first"
     m = matrix(shelf, runs, None, metric, rows, progress)
@@ -133,11 +134,13 @@ def grid(
         kept = {t: s[t]/own[t] if own.get(t) else None for t in m['tasks']}
         return dict(how=how, weights=weights, density=density, **{t: round(s[t], 4) for t in m['tasks']}, **{f'{t} kept': None if k is None else round(k, 4) for t,k in kept.items()}, least=round(min((k for k in kept.values() if k is not None), default=0.), 4))
     out = [row('base' if w=='base' else 'alone', '' if w=='base' else w, None, s) for w,s in m['scores'].items()]
+    for o in out if each else (): each(o)
     for c in combos:
         shelf.combine('grid-cell', **{k: v for k,v in c.items() if v is not None})
         try: s = {d.name: rate(_ask(shelf, 'grid-cell', d, lambda _,t: progress(c, t) if progress else None), d) for d in ds}
         finally: shelf.delete('grid-cell')
         out.append(row(c['how'], ' '.join(f'{k}={v:g}' for k,v in c['weights'].items()), c.get('density'), s))
+        if each: each(out[-1])
     return Table(out, title='Score of each combination on each task, and the share of the single adapter\'s score that is kept')
 
 # %% ../nbs/36a_domains.ipynb #6805fc27

@@ -73,7 +73,7 @@ def evaluate(self:Adapters,
 def grid(self:Adapters,
     combos:list, # As `ftnb.domains.combinations` gives them: dicts of how, weights, density
     runs:dict=None, # {task: `Run`}; none: the runs that the adapters come from
-    **kw, # metric, rows, progress of `ftnb.domains.grid`
+    **kw, # metric, rows, progress, each of `ftnb.domains.grid`
 )->Table:
     "The score of each combination on each task, and the share of the single adapter's that is kept"
     from ftnb.domains import grid
