@@ -124,7 +124,7 @@ def test_the_plan_alone_writes_nothing_and_json_is_json(work, capsys):
     got = json.loads(capsys.readouterr().out)
     assert [r['run'] for r in got['runs']]==['r2', 'r8'] and got['best'] is None
 
-def test_ls_lists_the_sweep_and_the_compare_panel_opens_its_runs(work, capsys):
+def test_ls_lists_the_sweep_the_compare_panel_opens_its_runs_and_show_shows_one(work, capsys):
     pytest.importorskip('ipywidgets')
     from ftnb.compare_panel import compare_panel
     assert sweep('--over', 'lora_r=2,8', '--to', 'plan')==0
@@ -133,6 +133,7 @@ def test_ls_lists_the_sweep_and_the_compare_panel_opens_its_runs(work, capsys):
     g, = json.loads(capsys.readouterr().out)['groups']
     assert (g['group'], g['kind'], g['over'], g['runs'])==('my-sweep', 'sweep', 'lora_r', 2)
     assert [r.name for r in compare_panel('my-sweep').runs]==['my-r2', 'my-r8']
+    assert main(['show', 'my-r8'])==0 and 'took over stage 1 of my-r2' in capsys.readouterr().out
 
 def test_labels_are_unique_safe_and_made_of_the_values_alone():
     import re
