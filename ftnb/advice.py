@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from .base import Table, UserError
 from .fields import Recipe
+from .method_rules import learning_rate
 from .lengths import histogram, packed_rows
 from .profiles import profile
 from .schedule import total_steps, warmup
@@ -45,7 +46,7 @@ class Case:
     @property
     def adapter(self)->bool: return self.r.peft!='full'
     @property
-    def lr(self)->float: return self.r.learning_rate or (2e-4 if self.adapter else 2e-5)
+    def lr(self)->float: return learning_rate(self.r)
     @property
     def scale(self)->float: return self.r.lora_alpha/(self.r.lora_r**.5 if self.r.use_rslora else self.r.lora_r)
     @property
@@ -118,7 +119,7 @@ lora_rules = [
 
 # %% ../nbs/19d_advice.ipynb #c6250fa2
 optimisation_rules = [
-    Rule('learning_rate', 'under 5e-5 for an adapter', lambda c: c.adapter and c.lr<5e-5, '{c.lr:g} is a rate for full fine-tuning; adapters want about ten times as much, 1e-4 to 5e-4.', 'warn', 'LoRA Without Regret'),
+    Rule('learning_rate', 'under 5e-5 for an adapter', lambda c: c.adapter and c.r.method=='sft' and c.lr<5e-5, '{c.lr:g} is a rate for full fine-tuning; adapters want about ten times as much, 1e-4 to 5e-4.', 'warn', 'LoRA Without Regret'),
     Rule('learning_rate', 'over 1e-3 for an adapter', lambda c: c.adapter and c.lr>1e-3, '{c.lr:g} is high: QLoRA trained at 2e-4, and 1e-4 from 33B on.', 'warn', 'QLoRA'),
     Rule('learning_rate', 'over 1e-4 for an adapter of a model from 30 billion weights on', lambda c: c.adapter and c.billion and c.billion>=30 and 1e-4<c.lr<=1e-3, '{c.lr:g} for {c.billion:.0f} billion weights: QLoRA took 1e-4 from 33B on.', 'note', 'QLoRA'),
     Rule('learning_rate', 'over 1e-4 for full fine-tuning', lambda c: not c.adapter and c.lr>1e-4, '{c.lr:g} is a rate for adapters; full fine-tuning is done at 1e-6 to 5e-5, the larger the model the less.', 'warn', 'Tulu 3'),

@@ -89,7 +89,7 @@ class Recipe:
     max_steps:int = -1 # Stop after so many optimizer steps; -1: by epochs
     per_device_train_batch_size:int = 8 # Rows of one forward pass
     gradient_accumulation_steps:int = 1 # Forward passes of one optimizer step
-    learning_rate:Optional[float] = None # Peak learning rate; none: 2e-4 for adapters, 2e-5 for full
+    learning_rate:Optional[float] = None # Peak learning rate; none: 2e-4 for adapters, 2e-5 for full; with dpo, orpo and kto 5e-5 and 1e-6
     lr_scheduler_type:str = 'cosine' # cosine, linear, constant, constant_with_warmup, ...
     lr_scheduler_kwargs:Optional[dict] = None # More arguments of the schedule
     warmup_steps:float = 0.05 # Steps (from 1 up) or share of all steps (below 1)

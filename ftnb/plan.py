@@ -18,10 +18,12 @@ from .fit import Change, changes, context, fits, kept, largest, memory_of
 from .flops import eval_steps, run_time
 from .forecast import forecast
 from .lengths import Batches, batches, different, with_lengths
+from .method_rules import learning_rate
 from .machine import cpu_bf16, this_machine
 from .offload import offload, offload_table, ways as offloads
 from .profiles import config_of
 from .runs import Run
+from .quantised import base_bits, packing_of, quantised_fault, quantised_note
 from .schedule import Schedule
 from .stage_memory import Resident, ram_of, stage_memory, stages_table, with_ram
 from .step import Step, owners, step_of
@@ -117,7 +119,7 @@ def _memory(s:Step, d:Device, how)->dict:
 
 def _schedule(r:Recipe, rows:int)->Schedule:
     "Steps, warm-up and learning rate of a recipe over so many rows"
-    return Schedule(rows=rows or 1, learning_rate=r.learning_rate or (2e-5 if r.peft=='full' else 2e-4), per_device_train_batch_size=r.per_device_train_batch_size,
+    return Schedule(rows=rows or 1, learning_rate=learning_rate(r), per_device_train_batch_size=r.per_device_train_batch_size,
         gradient_accumulation_steps=r.gradient_accumulation_steps, num_train_epochs=r.num_train_epochs, max_steps=r.max_steps, lr_scheduler_type=r.lr_scheduler_type,
         warmup_steps=r.warmup_steps, **(dict(lr_scheduler_kwargs=r.lr_scheduler_kwargs) if r.lr_scheduler_kwargs else {}))
 
@@ -156,6 +158,11 @@ def _as_recipe(c:Change, p:Plan):
         t = c.step.but(accumulates=s.accumulates or b<whole, **(dict(length=b*new.get('max_length', r.max_length)) if r.packing else dict(batch=b)))
         if (fit := fits(t, p.device, p.closed)): return replace(c, settings={**new, 'per_device_train_batch_size': b}, step=t, fit=fit, accumulate=whole//b, note=c.note if 'max_length' in new else c.note.removesuffix('longer rows are cut').rstrip('; '))
 
+def _packed(s:Step, config, r, notes)->tuple:
+    "(step, notes) of a checkpoint that is quantised already"
+    said = quantised_fault(config, r, found=lambda m: True), quantised_note(config)
+    return s.but(bits=base_bits(config), config={k: v for k,v in config.items() if k!='quantization_config'}), [*notes, *filter(None, said)]
+
 def _largest(s:Step, d:Device, how, r:Recipe)->tuple:
     "(length, batch) that fit; packed rows are one long one"
     if not s.packed: return largest(s, d, 'length', how), largest(s, d, 'batch', how)
@@ -191,6 +198,7 @@ def plan(
         config = find(r.model_name_or_path, r.model_revision)
         arch = Arch.read(config)
         s = step_of(r, config, d.kind, cpu_bf16() if d.kind=='cpu' else d.half=='bfloat16', data.longest, data.trained_share)
+        if packing_of(config): s, notes = _packed(s, config, r, notes)
         if data.known: s = with_lengths(s, data.batches)
         lengths = round(different(data.batches.dist, sched.total*r.gradient_accumulation_steps)) if data.known else 1
         ram = dict(evaluation=_evaluation(r, s, data) if r.eval_strategy!='no' else None, lengths=lengths)

@@ -13,10 +13,11 @@ import torch
 from datasets import load_dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
-from .arguments import learning_rate, training_args
+from .arguments import training_args
 from .base import UserError, disk_error
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, quiet
 from .measure import Meter, OutOfMemory, is_oom, memory_report, oom_sentence, smaller_batch
+from .method_rules import learning_rate
 from .method_steps import callbacks_of, first_batches, optimizer_of, steps_of
 from .parent import check_parent
 from .prefer import build_trainer, go_on, in_order, needs_order, row_lengths

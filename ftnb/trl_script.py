@@ -9,6 +9,7 @@ __all__ = ['trl_assumes', 'row_lengths', 'trainer_values', 'compute_type', 'scri
 from .arch import Arch
 from .base import UserError
 from .fields import defaults
+from .method_rules import learning_rate
 from .models import known_models, model_path, read_config
 from .runs import Run
 from .targets import expert_names, resolve
@@ -20,12 +21,9 @@ trl_assumes = dict(
     lr_scheduler_type='linear', warmup_steps=0, optim='adamw_torch_fused', weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0,
     label_smoothing_factor=0.0, torch_compile=False, auto_find_batch_size=False, seed=42, full_determinism=False, dataloader_num_workers=0,
     dataloader_pin_memory=True, dataloader_persistent_workers=False, dataloader_drop_last=False, per_device_eval_batch_size=8, save_strategy='steps',
-    save_steps=500, save_only_model=False, load_best_model_at_end=False, ignore_data_skip=False, logging_steps=10, logging_first_step=False, push_to_hub=False,
-    hub_strategy='every_save', ddp_timeout=1800, use_cpu=False,
+    save_steps=500, save_only_model=False, load_best_model_at_end=False, ignore_data_skip=False, logging_steps=10, logging_first_step=False, push_to_hub=False, hub_strategy='every_save', ddp_timeout=1800, use_cpu=False,
     **{k: None for k in (
-        'lr_scheduler_kwargs optim_args neftune_noise_alpha activation_checkpointing_kwargs tf32 torch_compile_backend torch_compile_mode '
-        'torch_empty_cache_steps data_seed dataloader_prefetch_factor eval_steps save_total_limit metric_for_best_model greater_is_better hub_model_id '
-        'hub_private_repo ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers fsdp_config dataset_num_proc').split()})
+        'lr_scheduler_kwargs optim_args neftune_noise_alpha activation_checkpointing_kwargs tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps data_seed dataloader_prefetch_factor eval_steps save_total_limit metric_for_best_model greater_is_better hub_model_id hub_private_repo ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers fsdp_config dataset_num_proc').split()})
 _always = ('num_train_epochs', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'lr_scheduler_type', 'warmup_steps', 'optim',
     'weight_decay', 'packing', 'seed', 'logging_steps')
 _hub = ('hub_model_id', 'hub_strategy', 'hub_private_repo')
@@ -56,7 +54,7 @@ def trainer_values(
     kw = {k: getattr(r, k) for k,d in trl_assumes.items() if getattr(r, k) is not None and (k in _always or getattr(r, k)!=d) and (k not in _hub or r.push_to_hub)}
     if r.max_steps>0: kw.pop('num_train_epochs', None)
     ev = r.eval_strategy if has_valid else 'no'
-    kw = dict(learning_rate=r.learning_rate or (2e-5 if r.peft=='full' else 2e-4), max_length=r.max_length, **kw, train_sampling_strategy=_sampling(run), eval_strategy=ev)
+    kw = dict(learning_rate=learning_rate(r), max_length=r.max_length, **kw, train_sampling_strategy=_sampling(run), eval_strategy=ev)
     without = ['eval_steps', 'per_device_eval_batch_size'] if ev=='no' else []
     if r.load_best_model_at_end:
         kw |= dict(save_strategy=ev, metric_for_best_model=r.metric_for_best_model or 'eval_loss')

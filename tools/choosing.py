@@ -49,7 +49,7 @@ def plain(says): return re.sub(r'\{[^}]*\}', 'N', says)
 def page():
     "The text of the page"
     d, h, out = defaults(), help_of(), [intro]
-    d['learning_rate'] = '2e-4 for adapters, 2e-5 for full'
+    d['learning_rate'] = '2e-4 for adapters, 2e-5 for full; 5e-5 and 1e-6 with preferences'
     for g in dict.fromkeys(p[1] for p in parameters):
         out.append(f'## {g}\n\n| parameter | default | what it is | when to change it | source |\n|---|---|---|---|---|')
         out[-1] += ''.join(f'\n| `{f}` | {cell(show_value(d[f]))} | {cell(h[f])} | {cell(when)} | {", ".join(map(link, ss))} |' for f,k,when,ss in parameters if k==g)+'\n'
