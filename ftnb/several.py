@@ -16,13 +16,16 @@ from .methods import methods
 from .recipe import make_recipe, to_dict
 
 # %% ../nbs/06b_several.ipynb #c7c94ccd
+_shared = ('model_revision', 'trust_remote_code', 'dtype', 'chat_template_path', 'template_date', 'pad_token', 'new_tokens', 'load_in_4bit', 'load_in_8bit', 'use_cpu')
 def expand_tasks(
     r:Recipe, # With `tasks`
 )->dict: # {task: `Recipe`}
     "The recipe of each task of a recipe, without `tasks`, each with its adapter's name"
     own = {k: v for k,v in to_dict(r).items() if k not in ('tasks', 'run_name')}
     out = {}
+    if r.tasks and r.peft=='full': raise UserError('tasks: peft: full trains the base itself, and there is one for all of them; choose an adapter, such as peft: lora, or write a recipe for each.')
     for t,v in (r.tasks or {}).items():
+        if k := next((k for k in v if k in _shared), None): raise UserError(f'tasks: {t}: {k} belongs to the base and its template, which all of them share; set it outside.')
         folder = {'output_dir': f'{r.output_dir.rstrip("/")}-{t}'} if r.output_dir else {}
         out[t] = make_recipe({**own, **v, **folder, 'adapter_name': t}, f'tasks: {t}')
     return out
