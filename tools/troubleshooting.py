@@ -34,7 +34,7 @@ entries = {
     ("There is no dataset: set dataset to a file, a folder, a hub id, or demo.", 'The recipe has no `dataset`.', '`dataset: my.jsonl`.'),
     ("can not tell question from answer in the columns {cols}; say which is which, such as {mapping}.", 'The columns have names that are not known.', 'Set `mapping`, as the message shows it.'),
     ("mapping: {where} has no column {col}; it has {columns}.", 'A column in `mapping` is not in the file.', 'Take one of those that are listed.'),
-    ("holds {what}, which method: sft does not train on;", 'The rows are preference pairs or labelled answers.', 'To train on the good answers, set the mapping that the message names.'),
+    ("holds {what}, which method: sft does not train on;", 'The rows are preference pairs or labelled answers.', 'To train on preferences, set the method that the message names; to train on the good answers only, its mapping.'),
     ("{path} is empty: it holds no row; check the file.", 'The file has no row.', 'Check how it was written.'),
     ("no row can be read; line {n}: {fault}; write one JSON object per line.", 'A `.jsonl` file holds something else, often one large JSON list.', 'Name it `.json`, or write one object a line.'),
     ("not UTF-8 at byte {n} of the line; save it as UTF-8.", 'The file has another encoding, mostly Latin-1 or UTF-16.', '`iconv -f latin1 -t utf-8 my.csv > my8.csv`.'),
