@@ -126,7 +126,7 @@ def _of_tokens(r, model):
     rows = token_rows(model, r)
     rows = rows if isinstance(rows, dict) else {None: rows or []}
     name, ids = next(iter(rows.items()))
-    if not ids: raise UserError('peft: trainable_tokens trains the embeddings of some tokens; name them in trainable_token_indices, or add new_tokens.')
+    if not ids: raise UserError('peft: trainable_tokens trains the embeddings of some tokens; name them in trainable_token_indices.')
     if len(rows)>1: raise UserError(f'peft: trainable_tokens trains one embedding, and this model has two that are not tied ({", ".join(rows)}); take peft: lora, which trains the tokens in both.')
     return dict(token_indices=sorted(ids), **(dict(target_modules=[name]) if name else {}))
 
