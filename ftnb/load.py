@@ -137,6 +137,7 @@ def load_model(
         if (err := hub_error(e, r.model_name_or_path)): raise err from None
         if 'trust_remote_code' in str(e): raise UserError(f'{r.model_name_or_path} brings Python code of its own; read it, then set trust_remote_code: true.') from None
         if 'safetensors' in str(e) and 'no file named' in str(e).lower(): raise UserError(f'{name} has no weights in safetensors format, and other formats can run code on loading; convert it first.') from None
+        if 'attention implementation' in str(e) or 'does not support an attention' in str(e): raise UserError(f'attn_implementation: {r.attn_implementation} does not run with {config.get("model_type")}; set eager.') from None
         if isinstance(e, ImportError) and 'flash' in str(e).lower(): raise UserError(f'attn_implementation: {r.attn_implementation} is not installed; set sdpa.') from None
         raise
     for m in model.modules():

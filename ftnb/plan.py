@@ -23,7 +23,7 @@ from .machine import cpu_bf16, this_machine
 from .offload import offload, offload_table, ways as offloads
 from .profiles import config_of
 from .runs import Run
-from .quantised import base_bits, packing_of, quantised_fault, quantised_note
+from .quantised import as_loaded
 from .schedule import Schedule
 from .stage_memory import Resident, ram_of, stage_memory, stages_table, with_ram
 from .step import Step, owners, step_of
@@ -158,11 +158,6 @@ def _as_recipe(c:Change, p:Plan):
         t = c.step.but(accumulates=s.accumulates or b<whole, **(dict(length=b*new.get('max_length', r.max_length)) if r.packing else dict(batch=b)))
         if (fit := fits(t, p.device, p.closed)): return replace(c, settings={**new, 'per_device_train_batch_size': b}, step=t, fit=fit, accumulate=whole//b, note=c.note if 'max_length' in new else c.note.removesuffix('longer rows are cut').rstrip('; '))
 
-def _packed(s:Step, config, r, notes)->tuple:
-    "(step, notes) of a checkpoint that is quantised already"
-    said = quantised_fault(config, r, found=lambda m: True), quantised_note(config)
-    return s.but(bits=base_bits(config), config={k: v for k,v in config.items() if k!='quantization_config'}), [*notes, *filter(None, said)]
-
 def _largest(s:Step, d:Device, how, r:Recipe)->tuple:
     "(length, batch) that fit; packed rows are one long one"
     if not s.packed: return largest(s, d, 'length', how), largest(s, d, 'batch', how)
@@ -198,7 +193,8 @@ def plan(
         config = find(r.model_name_or_path, r.model_revision)
         arch = Arch.read(config)
         s = step_of(r, config, d.kind, cpu_bf16() if d.kind=='cpu' else d.half=='bfloat16', data.longest, data.trained_share)
-        if packing_of(config): s, notes = _packed(s, config, r, notes)
+        s, said = as_loaded(s, config, r)
+        notes += said
         if data.known: s = with_lengths(s, data.batches)
         lengths = round(different(data.batches.dist, sched.total*r.gradient_accumulation_steps)) if data.known else 1
         ram = dict(evaluation=_evaluation(r, s, data) if r.eval_strategy!='no' else None, lengths=lengths)
