@@ -209,3 +209,11 @@ def test_gguf_asks_for_what_the_converter_needs_otherwise(folder):
     assert gguf_ready(read_config(folder('Falcon 7B'))).settings==dict(num_kv_heads=1)
     assert [n for n in families if gguf_ready(read_config(folder(n))).files]==['Gemma', 'Gemma 2', 'Phi-3']
     assert 'post_attention_layernorm' in gguf_ready(read_config(folder('Falcon RW'))).why
+
+def test_the_guide_says_what_is_tested_here():
+    import importlib.util
+    from pathlib import Path
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location('families_page', root/'tools/families.py')
+    spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+    assert (root/'guides/families.qmd').read_text()==m.page(), 'run python tools/families.py'
