@@ -50,7 +50,7 @@ path = [
     Step(g('choosing'), A, 12, 'stage 3; your data', g('presets')),
     Step(g('presets'), A, 5, 'choosing parameters', g('methods')),
     Step(g('methods'), A, 5, 'LoRA from scratch', g('sweep')),
-    Step(g('sweep'), A, 3, 'a recipe that works', g('compare')),
+    Step(g('sweep'), A, 3, 'a recipe that works', g('families')),
     Step(g('families'), A, 5, 'a model of your choice', g('compare')),
     Step(g('compare'), A, 4, 'two runs', g('rate')),
     Step(g('rate'), A, 4, 'stage 4, or answers of your own', g('preferences')),
