@@ -151,3 +151,41 @@ def test_a_resumed_preference_training_ends_where_an_uninterrupted_one_does(prep
     (dict(method='dpo', lora_target_modules=['q_proj', 'lm_head']), 'leave lm_head out'), (dict(method='orpo', peft='prompt'), 'set method: dpo')])
 def test_what_trls_trainers_would_refuse_late_is_refused_early(values, said):
     with pytest.raises(UserError, match=said): make_recipe(values)
+
+# stage 4
+
+@pytest.mark.parametrize('method', ['dpo', 'kto'])
+def test_the_evaluation_says_which_answer_is_preferred(prepared, method):
+    from ftnb.evaluate import evaluate
+    run = prepared(method, max_steps=16, learning_rate=1e-2, max_new_tokens=4)
+    train(run)
+    rep = evaluate(run)
+    name = dict(dpo='reward_accuracy', kto='reward_separation')[method]
+    m = next(o for o in rep['metrics'] if o['metric']==name)
+    assert m['base']==.5 and m['tuned']>.8 and m['n']==6 and rep['line'].startswith(dict(dpo='chosen answer preferred 50 % → ', kto='wanted above unwanted 50 % → ')[method])
+    wanted = [o['chosen'] if method=='dpo' else o['completion'] for o in text_rows(method)[:6] if o.get('label', True)]
+    assert [a['reference'] for a in rep['answers']]==[w[0]['content'] for w in wanted]
+    assert 'preferred' in run.path('reports/evaluate.html').read_text() if method=='dpo' else True
+
+# the real model
+
+@pytest.mark.soak
+@pytest.mark.parametrize('method, steps', [('dpo', 40), ('orpo', 40), ('kto', 60)])
+def test_the_real_model_learns_which_reply_of_the_demo_is_preferred(tmp_path, method, steps):
+    from ftnb.evaluate import held_out
+    from ftnb.generate import Pair, row_losses
+    from ftnb.prepare import prepare
+    from ftnb.rewards import by_side, reward_metrics, side_rows
+    r = make_recipe(dict(method=method, dataset='demo/preferences.jsonl', max_steps=steps, per_device_train_batch_size=4, valid_size=0, test_size=40, max_length=512, eval_strategy='no', save_strategy='no', use_cpu=True))
+    run = Run(tmp_path/'run', r).save()
+    prepare(run)
+    print(train(run)['line'])
+    _, _, toks = held_out(run)
+    rows, at = side_rows(toks)
+    pair, got = Pair(run), {}
+    for which in ('base', 'tuned'):
+        with pair.using(which) as model: got[which] = by_side(row_losses(model, rows, pair.tok.pad_token_id, 8), at)
+    ms = {m['metric']: m for m in reward_metrics(toks, got['base'], got['tuned'], r.beta)}
+    for m in ms.values(): print({k: round(v, 3) if isinstance(v, float) else v for k,v in m.items()})
+    m = ms['reward_separation' if method=='kto' else 'reward_accuracy']
+    assert m['base']==.5 and m['tuned']>=.8 and m['better']=='better'
