@@ -10,7 +10,8 @@ import math, random, re
 
 from .base import UserError, digest, nearest
 from .fields import Recipe, names
-from .method_rules import several_faults
+from .method_rules import means, several_faults
+from .methods import methods
 from .recipe import coerce, make_recipe, to_dict
 
 # %% ../nbs/06c_grid.ipynb #6bc2f0c8
@@ -81,7 +82,8 @@ def expand_sweep(
     out, seen = {}, {}
     for c in combinations(sweep, random_n, r.seed):
         said = ', '.join(f'{k}={_word(v)}' for k,v in c.items())
-        try: one = make_recipe({**base, **c})
+        own = {k: v for k,v in base.items() if c.get('peft') not in methods or means(Recipe(peft=c['peft']), k)} # of the base, what means something to this method
+        try: one = make_recipe({**own, **c})
         except UserError as e: raise UserError(f'sweep, {said}: {e}') from None
         if (other := seen.setdefault(digest(to_dict(one)), said))!=said: raise UserError(f'sweep: {other} and {said} come to the same recipe; leave one of them out.')
         label = label_of(c)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from .aliases import apply_aliases
 from .base import Table, UserError, nearest
-from .fields import names
+from .fields import Recipe, names
+from .method_rules import means
+from .methods import methods
 
 # %% ../nbs/06d_presets.ipynb #51510610
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def with_preset(
     if name is None: return values
     given = apply_aliases(values, names)[0]
     off = {k for g in _together if set(g)&set(given) for k in g}
+    if given.get('peft') in methods: off |= {k for k in preset(name) if not means(Recipe(peft=given['peft']), k)} # a rank means nothing to some methods
     return {**{k: v for k,v in preset(name).items() if k not in off}, **given}
 
 def preset_table(
