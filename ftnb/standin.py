@@ -13,9 +13,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from .adapter_config import adapter_config
 from .base import UserError, gib, nearest
+from .fields import Recipe
 from .falcon import plain_layers
+from .arch import Arch
 from .step import Step
+from .targets import expert_names, resolve
 
 # %% ../nbs/39a_standin.ipynb #71d220f1
 def _per_layer(text)->dict:
@@ -112,10 +116,15 @@ def _packed8(w)->nn.Parameter:
     return p
 
 # %% ../nbs/39a_standin.ipynb #f4af3409
-def peft_config(step:Step):
+def peft_config(
+    step:Step,
+    model=None, # What it is for, where the step's method is described by recipe fields
+):
     "The PEFT config of a step"
     import peft
+    if step.adapter: return adapter_config(Recipe(**step.adapter), model, 100)
     names = list(step.lora_target_modules) if isinstance(step.lora_target_modules, (list, tuple)) else step.lora_target_modules
+    if names=='all-linear' and step.config.get('model_type') in expert_names: names = resolve(Arch.read(step.config), names, experts=True)
     if step.peft=='lora': return peft.LoraConfig(r=step.lora_r, lora_alpha=2*step.lora_r, lora_dropout=step.lora_dropout, target_modules=names, bias=step.lora_bias,
         modules_to_save=list(step.modules_to_save) if step.modules_to_save else None, task_type='CAUSAL_LM')
     if step.peft=='ia3': return peft.IA3Config(task_type='CAUSAL_LM', **({} if isinstance(names, str) else dict(target_modules=names, feedforward_modules=[n for n in names if n in ('down_proj', 'fc2', 'dense_4h_to_h', 'c_proj', 'w2')])))
@@ -127,7 +136,8 @@ def _adapt(model, step:Step):
     "The model with its adapter"
     import peft
     if step.peft=='prefix' and step.activation_checkpointing: raise UserError('peft: prefix tuning does not run with activation_checkpointing in PEFT; set it to false.')
-    try: model = peft.get_peft_model(model, peft_config(step))
+    try: model = peft.get_peft_model(model, peft_config(step, model))
+    except UserError: raise
     except (ValueError, KeyError) as e: raise UserError(f'peft: {step.peft} can not be put on this model ({_line(e)}).') from None
     dtype = step.adapter_dtype if step.adapter_dtype!='auto' else 'bfloat16' if step.bits<16 and step.era=='1.16' else None
     for p in model.parameters() if dtype else ():
