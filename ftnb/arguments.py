@@ -13,6 +13,7 @@ from .base import UserError
 from .fields import Recipe
 from .load import find_device, precision_args
 from .method_rules import learning_rate
+from .methods import methods
 from .prefer import config_class, needs_order
 from .runs import Run
 
@@ -62,7 +63,7 @@ def training_args(
         kw['save_strategy'] = ev
         if r.eval_steps: kw['save_steps'] = r.eval_steps
         kw['metric_for_best_model'] = r.metric_for_best_model or 'eval_loss'
-    checkpointing = d.kind!='cpu' if r.activation_checkpointing is None else r.activation_checkpointing
+    checkpointing = d.kind!='cpu' and methods[r.peft].checkpoints if r.activation_checkpointing is None else r.activation_checkpointing
     if d.kind!='cuda': kw.update(dataloader_pin_memory=False)
     kw['use_cpu'] = d.kind=='cpu'
     return config_class(r.method)(output_dir=str(run.path('checkpoints')), learning_rate=learning_rate(r), train_sampling_strategy=sampling(r, lens)[0], eval_strategy=ev,

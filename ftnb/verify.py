@@ -79,7 +79,7 @@ def prompts(
 def logits_of(model, rows:list)->list:
     "Float32 logits of each row, (tokens, vocabulary), on the CPU"
     model.eval()
-    with torch.inference_mode(): return [model(input_ids=torch.tensor([o], device=model.device), use_cache=False).logits[0].float().cpu() for o in rows]
+    with torch.inference_mode(): return [model(input_ids=torch.tensor([o], device=model.device), use_cache=False).logits[0][-len(o):].float().cpu() for o in rows] # without virtual tokens
 
 @dataclass
 class Trained:
@@ -104,9 +104,10 @@ def load_trained(run:Run)->Trained:
     logits = logits_of(model, rows)
     if r.peft=='full': return Trained(model, tok, rows, logits, None, False, d)
     last = [p for n,p in model.named_parameters() if any(o in n for o in ('lora_B', 'bottleneck_up', 'trainable_tokens_delta'))] # what is zero in the beginning
-    zero = bool(last) and not any(p.any() for p in last)
     with model.disable_adapter(): off = logits_of(model, rows[:2])
-    return Trained(model, tok, rows, logits, distance(logits[:2], off)['logits'], zero, d)
+    effect = distance(logits[:2], off)['logits']
+    zero = not any(p.any() for p in last) if last else effect==0
+    return Trained(model, tok, rows, logits, effect, zero, d)
 
 # %% ../nbs/37_verify.ipynb #70c82f77
 script = '''
@@ -127,10 +128,10 @@ for name, folder in job['folders'].items():
         if len(tok)>model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tok))
         model = PeftModel.from_pretrained(model, folder)
         again = model.load_adapter(folder, 'default')
-        missing, unexpected = list(again.missing_keys), list(again.unexpected_keys)
+        missing, unexpected = list(again.missing_keys), [k for k in again.unexpected_keys if k!='prompt_embeddings'] # read from the file, and put where it belongs
     model.eval()
     with torch.inference_mode():
-        logits = [model(input_ids=torch.tensor([row], device=job['device']), use_cache=False).logits[0].float().cpu() for row in job['rows']]
+        logits = [model(input_ids=torch.tensor([row], device=job['device']), use_cache=False).logits[0][-len(row):].float().cpu() for row in job['rows']]
     save_file({str(i): o for i,o in enumerate(logits)}, job['out']+name+'.safetensors')
     out[name] = dict(missing=missing, unexpected=unexpected, template=bool(tok.chat_template))
     del model, logits

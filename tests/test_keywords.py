@@ -144,7 +144,7 @@ def test_value_keeps_its_meaning(old, new):
     (dict(max_prompt_length=128), 'set max_length'), # of the prompt alone
     (dict(eval_packing=True), 'packing'), # of the validation rows alone
     (dict(truncation_mode='keep_end'), 'excess_length_strategy'),
-    (dict(peft_type='IA3'), 'LORA is'),
+    (dict(peft_type='LILY'), 'is not offered: its router'),
     (dict(task_type='SEQ_CLS'), 'CAUSAL_LM'),
     (dict(num_beams=4), 'do_sample'),
     (dict(use_peft='perhaps'), 'true or false'),

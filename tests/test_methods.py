@@ -23,9 +23,9 @@ MASK = torch.ones_like(IDS)
 LABELS = torch.where(torch.arange(12)<5, -100, IDS)
 
 def recipe(folder, name, **kw):
-    own = dict(lora_r=4, lora_alpha=8) if methods[name].kind=='lora' else dict(trainable_token_indices=[3, 4, 5]) if name=='trainable_tokens' else {}
+    own = dict(lora_r=4, lora_alpha=8) if methods[name].kind=='lora' else dict(trainable_token_indices=[3, 4, 5]) if name=='trainable_tokens' else dict(num_virtual_tokens=5) if methods[name].kind=='prompt' else dict(bottleneck_size=8) if name=='bottleneck' else {}
     args = dict(peft_args=SIZES[name]) if name in SIZES else {}
-    return make_recipe({**dict(model_name_or_path=str(folder), dtype='float32', use_cpu=True, peft=name, num_virtual_tokens=5, bottleneck_size=8), **own, **args, **kw})
+    return make_recipe({**dict(model_name_or_path=str(folder), dtype='float32', use_cpu=True, peft=name), **own, **args, **kw})
 
 def logits(model):
     "Those of the text itself, without virtual tokens"
@@ -249,3 +249,85 @@ def test_every_family_is_counted_as_peft_makes_it(family, tmp_path):
             if wrong: # counting refuses what PEFT builds and can't run
                 with pytest.raises(RuntimeError): model(input_ids=IDS%300, labels=IDS%300)
             else: assert counted==real, f'{name}: {sum(counted)} counted, {sum(real)} real'
+
+# through the stages
+
+@pytest.mark.parametrize('peft', ['ia3', 'prefix', 'vera', pytest.param('prompt', marks=pytest.mark.soak), pytest.param('llama_adapter', marks=pytest.mark.soak), pytest.param('adalora', marks=pytest.mark.soak), pytest.param('bottleneck', marks=pytest.mark.soak)])
+def test_a_method_is_trained_evaluated_and_exported(made, peft):
+    from ftnb.export import export
+    from ftnb.generate import answers, load, row_losses
+    from ftnb.train import train
+    run = made(peft=peft, max_steps=3, learning_rate=.05, test_size=2, **(dict(peft_args=dict(r=16)) if peft=='vera' else {}))
+    rep = train(run)
+    assert rep['steps']==3 and rep['params_trained']==sum(t.params for t in trained_by(Arch.read(run.recipe.model_name_or_path), run.recipe))
+    pair = load(run)
+    rows = [(IDS[0].tolist(), LABELS[0].tolist()), (IDS[1, :9].tolist(), LABELS[1, :9].tolist())]
+    with pair.using('tuned') as model: tuned, said = row_losses(model, rows, 0), answers(model, pair.tok, [o for o,_ in rows], max_new_tokens=4)
+    with pair.using('base') as model: base = row_losses(model, rows, 0)
+    assert [n for _,n in tuned]==[n for _,n in base]==[7, 4] and tuned!=base and len(said)==2
+    alone = row_losses(pair.tuned, rows[1:], 0)[0][0]
+    assert abs(alone-tuned[1][0])<1e-3*abs(alone), 'a row beside a longer one'
+    out = export(run)
+    assert out['ok'] and [o['format'] for o in out['formats']]==(['adapter', 'merged'] if methods[peft].merges else ['adapter'])
+
+# where LoRA starts
+
+@pytest.mark.parametrize('start', ['gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', 'olora', 'eva'])
+def test_wherever_lora_starts_the_saved_adapter_fits_the_untouched_base(walk, start, tmp_path):
+    r = recipe(walk.tiny, 'lora', init_lora_weights=start)
+    torch.manual_seed(0)
+    model = make_trainable(copy.deepcopy(walk.base), r, batches=[dict(input_ids=IDS, attention_mask=MASK)]*2)
+    assert torch.allclose(logits(model), walk.plain, atol=1e-4)
+    losses = steps(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(walk.base), tmp_path)
+    assert losses[-1]<losses[0] and torch.allclose(logits(again), logits(model), atol=1e-4)
+    with again.disable_adapter(): assert torch.equal(logits(again), walk.plain)
+    model.load_adapter(tmp_path, 'default', is_trainable=True) # as a resumed training does
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+
+@pytest.mark.filterwarnings('ignore')
+def test_loftq_starts_nearer_to_the_whole_weights_than_4_bits_are(walk):
+    pytest.importorskip('bitsandbytes')
+    new = lambda **kw: make_trainable(load_model(recipe(walk.tiny, 'qlora')), recipe(walk.tiny, 'qlora', lora_r=32, **kw))
+    far = lambda model: (logits(model)-walk.plain).norm().item()
+    assert far(new(init_lora_weights='loftq'))<.7*far(new())
+
+@pytest.mark.parametrize('kw, said', [(dict(init_lora_weights='pisa'), "Did you mean 'pissa'"), (dict(init_lora_weights='loftq'), 'set peft: qlora'), (dict(init_lora_weights='pissa', load_in_4bit=True), 'can not be done in 4 bits'),
+    (dict(peft='vera', lora_r=8), 'peft_args: {r: 8}'), (dict(peft='prompt', lora_target_modules=['q_proj']), 'means nothing to Prompt tuning'), (dict(num_virtual_tokens=5), 'means nothing to LoRA'), (dict(use_dora=True, load_in_8bit=True), 'DoRA can not stand on a base in 8 bits')])
+def test_what_does_not_go_together_is_said_before_anything_is_loaded(kw, said):
+    with pytest.raises(UserError, match=said.replace('{', r'\{').replace('}', r'\}')): make_recipe(kw)
+
+def test_eva_without_data_says_so(walk):
+    with pytest.raises(UserError, match='none is at hand'): make_trainable(copy.deepcopy(walk.base), recipe(walk.tiny, 'lora', init_lora_weights='eva'))
+
+# prices and rates
+
+def test_embeddings_and_head_of_llama_8b_cost_a_billion_parameters():
+    from ftnb.adapters import what_it_trains
+    llama = Arch.read(dict(model_type='llama', hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072))
+    assert llama.params==8_030_261_248
+    w = what_it_trains(llama, make_recipe(dict(lora_modules_to_save=['embed_tokens', 'lm_head'])))
+    assert w.copies==1_050_673_152 and 'modules_to_save copies 1,050,673,152' in w.price and not what_it_trains(llama, make_recipe({})).price
+
+def test_lora_plus_gives_the_second_matrix_the_higher_rate(made):
+    from ftnb.train import make_trainer
+    trainer = make_trainer(made(peft='lora', lora_r=4, loraplus_lr_ratio=16., learning_rate=1e-3, weight_decay=.01))
+    names = {id(p): n for n,p in trainer.model.named_parameters()}
+    rates = {names[id(p)].split('.')[-3]: g['lr'] for g in trainer.optimizer.param_groups for p in g['params']}
+    assert rates==dict(lora_A=1e-3, lora_B=16e-3)
+
+def test_adalora_ends_at_the_rank_that_was_asked_for(walk):
+    model, r = walk.new('adalora', peft_args={}, max_steps=20)
+    from ftnb.method_steps import RankCutter
+    from types import SimpleNamespace as NS
+    cut, opt = RankCutter(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for i in range(20):
+        model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+        cut.on_pre_optimizer_step(None, NS(global_step=i), None, model=model)
+        opt.step()
+        cut.on_optimizer_step(None, NS(global_step=i), None, model=model)
+        opt.zero_grad()
+    kept = [int((p!=0).sum()) for n,p in model.named_parameters() if 'lora_E' in n]
+    assert sum(kept)==4*len(kept) and max(kept)<=6
