@@ -61,7 +61,8 @@ def combos(names):
     "The grid: every way with weights of 1, ties at three densities and other weights"
     from ftnb.domains import combinations
     out = combinations(names, ('ties',), density=(.5, .2, .8))+combinations(names, ('cat', 'linear', 'svd', 'dare_ties'), density=(.5,))
-    return out+combinations(names, ('ties_svd', 'dare_linear', 'magnitude_prune'), density=(.5,))+combinations(names, ('ties',), weights=(2.,), density=(.2, .5))
+    out += combinations(names, ('ties_svd', 'dare_linear', 'magnitude_prune'), density=(.5,))+combinations(names, ('ties',), weights=(2.,), density=(.2, .5))
+    return out+[{**c, 'rank': 8*len(names)} for c in combinations(names, ('ties_svd',), density=(.2, .5))]+[{**c, 'rank': 8*len(names)} for c in combinations(names, ('ties_svd',), weights=(1.5,), density=(.5,))]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

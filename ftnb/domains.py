@@ -139,7 +139,7 @@ def grid(
         shelf.combine('grid-cell', **{k: v for k,v in c.items() if v is not None})
         try: s = {d.name: rate(_ask(shelf, 'grid-cell', d, lambda _,t: progress(c, t) if progress else None), d) for d in ds}
         finally: shelf.delete('grid-cell')
-        out.append(row(c['how'], ' '.join(f'{k}={v:g}' for k,v in c['weights'].items()), c.get('density'), s))
+        out.append(row(c['how']+(f' of rank {c["rank"]}' if c.get('rank') else ''), ' '.join(f'{k}={v:g}' for k,v in c['weights'].items()), c.get('density'), s))
         if each: each(out[-1])
     return Table(out, title='Score of each combination on each task, and the share of the single adapter\'s score that is kept')
 
