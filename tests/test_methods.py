@@ -203,7 +203,7 @@ def strong(walk, name):
 def stands(walk, name, bits):
     "Whether an adapter trained on whole weights means the same on quantised ones, and trains there with the base untouched"
     folder, want = strong(walk, name)
-    new = lambda: load_model(recipe(walk.tiny, 'lora', use_dora=True, **{f'load_in_{bits}bit': True}))
+    new = lambda: load_model(recipe(walk.tiny, 'lora', use_dora=bits==4, **{f'load_in_{bits}bit': True}))
     moved, idle = whole_loss(new())-whole_loss(walk.base), abs(walk(name)['loss']-whole_loss(walk.base))<1e-4 # it starts as no change at all
     try:
         got = effect(PeftModel.from_pretrained(new(), folder))
