@@ -13,12 +13,14 @@ from .attention import norm
 from .base import UserError, gib
 from .head import full, fused, odds, selected
 from .layer import block
+from .like import method_bytes
 from .linear import Run
 from .memory import itemsize, optimizer_bytes
 from .ops import add, cast, cat, dropout, matmul, one
 from .paper import Paper, rounded
 from .reference import reference_bytes
 from .step import Forecast, Step, owners, phases
+from .step_notes import step_notes
 from .tape import ACT, GRAD, WORK, Leaf, Port, T, Tape, own, unit
 
 # %% ../nbs/16b_forecast.ipynb #8beb34d2
@@ -76,7 +78,7 @@ def embed(c:Run, p:Paper, s:Step)->T:
     h = t.op(lambda: [t.new(n, w.size)], (w,), lambda t, g: [t.new(w.n, w.size, GRAD)])
     if ab: h = add(t, h, _lora_rows(t, n, H, *ab))
     if a.model_type.startswith('gemma'): h = one(t, h)
-    if s.peft!='full' and s.activation_checkpointing and h.node is None:
+    if h.node is None and (s.peft!='full' and s.activation_checkpointing or s.adapter and not p.adapted and s.adapter['peft']!='ln_tuning'):
         h.node = Leaf(h.n, h.size, ACT)
         p.leaf = h # held as long as the graph
     if a.model_type=='granite': h = one(t, h)
@@ -158,24 +160,6 @@ def _scratch(s:Step, tensors:list, every:int)->int:
     if s.optim in ('adamw_torch', 'adagrad', 'rmsprop'): return max(clip, every*(1+(s.optim=='adagrad')) if s.device=='cuda' else 2*most*size)
     return clip
 
-def _notes(s:Step, arch:Arch)->tuple:
-    "What is not as one would expect, and what is not counted"
-    res = []
-    if s.bits<16 and arch.experts:
-        n = sum(m.params for m in arch.modules() if m.kind=='experts')
-        res.append(f'bitsandbytes shrinks plain linear layers only: {gib(n*itemsize[s.dtype])} of fused experts stay in {s.dtype}.')
-    if s.length>arch.max_position_embeddings: res.append(f'max_length: {s.length:,} is over the {arch.max_position_embeddings:,} positions of the model.')
-    if arch.model_type=='gemma2' and s.attn=='sdpa' and s.config.get('attn_logit_softcapping', 50.): res.append('transformers does not run gemma2 with sdpa, which has no soft capping; set attn_implementation: eager.')
-    if arch.model_type=='falcon' and s.attn!='sdpa': res.append(f"Falcon's own code for {s.attn} is counted as that of the other models.")
-    if s.config.get('alibi'): res.append('Positions by ALiBi are counted as rotary ones.')
-    if s.peft=='prefix' and s.activation_checkpointing: res.append('PEFT runs prefix tuning without activation checkpointing only; it is counted so.')
-    if s.dtype=='float32' and s.peft!='full' and s.autocast: res.append('The frozen weights are in float32 and cast anew in each product; dtype: bfloat16 halves them.')
-    if s.bits==8 and s.activation_checkpointing and s.era=='1.16': res.append('8-bit layers keep their input where checkpointing does not see it; 4 bits keep none.')
-    if s.reference=='copy': res.append('Without an adapter the reference is a second model in memory; precompute_ref_log_probs: true asks it before training instead.')
-    if s.optim.startswith('paged'): res.append('Paged optimizer states are counted on the device; they move to RAM when it is full.')
-    if s.device=='cuda': res.append('Not counted: the CUDA context, and memory inside kernels.')
-    return tuple(res)
-
 # %% ../nbs/16b_forecast.ipynb #5b798201
 def _phase(phase:str, place)->str:
     "The phase of a step that a place of the walk belongs to"
@@ -215,6 +199,7 @@ def _asking(t:Tape, more:dict, asked:int)->tuple:
 def _one_by_one(s:Step)->bool:
     "Whether layers are named by their path, so that blocks may differ"
     names = s.lora_target_modules
+    if s.adapter and (s.adapter['peft']=='llama_adapter' or s.adapter['layers_to_transform'] is not None or s.adapter['rank_pattern']): return True
     if isinstance(names, str): return names.lower()!='all-linear'
     return any('.' in n for n in (*names, *(s.modules_to_save or ())))
 
@@ -237,6 +222,8 @@ def forecast(
     grads = sum(rounded(x.params*b)*k for x,b,k in tensors)
     there, scratch = grads if s.accumulates else 0, _scratch(s, tensors, grads)
     windows = _windows(t, more, len(pick)-1, s.activation_checkpointing)
+    if kept := method_bytes(s, [(*wk, times(k)) for k,wk in p.adapted.items() if k is not None]):
+        windows.update({k: (windows[k][0]+kept, [windows[k][1][0]+kept, *windows[k][1][1:]]) for k in ('forward', 'loss', 'backward')})
     copy, asked = reference_bytes(s, arch, p.z['base'])
     if s.asks: windows['loss'] = max(windows['loss'], _asking(t, more, asked))
     frozen += copy
@@ -247,4 +234,4 @@ def forecast(
     by['gradients'] += there
     n = sum(x.params*k for x,_,k in tensors)
     mine = sum(x.params*k for x,_,k in tensors if x.kind in ('full', 'bias'))
-    return Forecast(base+windows[top][0], top, {o: by[o] for o in owners if by.get(o)}, {k: base+windows[k][0] for k in phases if k in windows}, arch.params+n-mine, n, notes=_notes(s, arch))
+    return Forecast(base+windows[top][0], top, {o: by[o] for o in owners if by.get(o)}, {k: base+windows[k][0] for k in phases if k in windows}, arch.params+n-mine, n, notes=step_notes(s, arch))

@@ -8,8 +8,9 @@ __all__ = ['sizes', 'rounded', 'alone', 'Paper']
 # %% ../nbs/16a_paper.ipynb #b905385c
 import re
 from math import prod
-from .adapters import trained
+from .adapters import trained, trained_by
 from .arch import Arch, Module
+from .fields import Recipe
 from .linear import Lin
 from .memory import int8_parts, itemsize, nf4_parts, quantised
 from .step import Step
@@ -28,6 +29,8 @@ def rounded(*ns)->int:
     return sum(-(-n//unit)*unit for n in ns)
 
 # %% ../nbs/16a_paper.ipynb #5777d839
+_walked = ('full', 'copy', 'bias', 'tokens', 'lora', 'ia3', 'bottleneck', 'ln_tuning')
+
 def alone(w):
     "The weight itself, without what LoRA adds to it"
     return w[0] if type(w) is tuple else w
@@ -43,14 +46,16 @@ class Paper:
         self.t, self.s, self.arch, self.z = t, s, arch, sizes(s)
         self.frozen, self.trained, self.tensors, self.W, self.params = {}, {}, {}, {}, {}
         small = {m.path for m in quantised(arch)} if s.bits<16 else set()
-        self.own = {}
-        for x in trained(arch, s.peft, s.lora_r, s.lora_target_modules, s.modules_to_save, s.lora_bias, s.num_virtual_tokens, s.bottleneck_size):
+        self.own, self.adapted = {}, {}
+        for x in trained_by(arch, Recipe(**s.adapter)) if s.adapter else trained(arch, s.peft, s.lora_r, s.lora_target_modules, s.modules_to_save, s.lora_bias, s.num_virtual_tokens, s.bottleneck_size):
             if x.kind=='prefix': x = x._replace(shape=(x.shape[0], x.shape[1]//arch.layers*(deep or arch.layers)))
             self.own.setdefault(x.path, []).append(x)
             self.tensors.setdefault(self.block_of(x.path), []).append((x, self.size_of(x.path, x.module, x.kind)))
         for m in arch.modules(): self._module(m, m.path in small)
         if arch.tied and not self._whole('lm_head'): self.W['lm_head'].w = alone(self.W[arch.layout.embed])
-        for x in self.own.get('prompt_encoder', ()): self.W[x.path] = t.weight(x.params, self.z['adapter'], True); self._lies(self.trained, None, x.params*self.z['adapter'])
+        for path in {x for x in self.own if x not in self.W}:
+            for x in self.own[path]: self._lies(self.trained, self.block_of(path), x.params*self.z['adapter'])
+            self.W[path] = t.weight(self.own[path][0].params, self.z['adapter'], True)
 
     def block_of(self, path:str):
         "Number of the block a path lies in, or None"
@@ -62,7 +67,7 @@ class Paper:
         if kind not in ('full', 'copy', 'bias'): return self.z['adapter']
         return self.z['ends' if module=='embedding' or path=='lm_head' else 'base']
 
-    def _whole(self, path)->bool: return any(x.kind in ('full', 'copy') for x in self.own.get(path, ()))
+    def _whole(self, path)->bool: return any(x.kind in ('full', 'copy', 'ln_tuning') for x in self.own.get(path, ()))
     def _lies(self, d, block, *ns): d[block] = d.get(block, 0)+rounded(*ns)
 
     def _module(self, m:Module, small:bool):
@@ -87,6 +92,12 @@ class Paper:
         if p := new.get('lora'): l.lora = Lin(l.cols, p[0][0][0], p[0][1]), Lin(p[1][0][1], l.rows, p[1][1])
         if p := new.get('ia3'): l.ia3, l.ia3_in = p[0][1], p[0][0][0]==1
         if p := new.get('bottleneck'): l.bottleneck = Lin(l.rows, p[0][0][0], p[0][1], p[1][1]), Lin(p[2][0][1], l.rows, p[2][1], p[3][1])
+        if any(x.kind not in ('full', 'copy', 'bias', 'tokens') for x in self.own.get(m.path, ())):
+            a = self.adapted.setdefault(self.block_of(m.path), [0, 0])
+            a[0] += l.rows*l.cols; a[1] += l.rows+l.cols
+        if others := [x for x in self.own.get(m.path, ()) if x.kind not in _walked]: # taken to be like LoRA with as many weights
+            r = max(1, round(sum(x.params for x in others)/(l.rows+l.cols)))
+            l.lora = Lin(l.cols, r, t.weight(l.cols*r, size, True)), Lin(r, l.rows, t.weight(r*l.rows, size, True))
         return l
 
     def block(self, i:int)->dict:

@@ -222,3 +222,12 @@ def test_a_recipe_of_preferences_is_forecast_with_both_answers():
     assert (dpo.reference, full.reference, orpo.reference, orpo.loss)==('shared', 'copy', 'none', 'odds')
     assert step_of(make_recipe(dict(method='dpo', precompute_ref_log_probs=True)), config).asks==0
     assert step_time(dpo, 'A100 80GB').seconds>1.2*step_time(dpo.but(reference='none'), 'A100 80GB').seconds
+
+@pytest.mark.parametrize('peft', ['dora', 'vera', 'hira', 'ln_tuning', 'ptuning'])
+def test_a_method_that_is_taken_to_be_like_lora_is_near_its_trace(peft):
+    "What it keeps beyond LoRA is counted by two coefficients, so it is near, and says so"
+    config = dict(tiny, num_hidden_layers=2) | models['llama'][0] | models['llama'][1] | dict(vocab_size=512)
+    s = step_of(make_recipe(dict(peft=peft, per_device_train_batch_size=2, max_length=512)), config)
+    t, f = trace(s, layers=(2,), cache=False), forecast(s, inplace=False)
+    assert f.params_trained==t.params_trained and abs(f.peak/t.peak-1)<.2, (f, t)
+    if peft in ('dora', 'vera', 'hira'): assert 'counted as LoRA' in ' '.join(f.notes) and abs(f.peak/t.peak-1)<abs(forecast(s.but(adapter=None), inplace=False).peak/t.peak-1)
