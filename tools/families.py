@@ -14,7 +14,7 @@ Each family is tested as a tiny random model of its true transformers class: loa
 '''
 special = '''## What is special
 
-- **Falcon** fuses query, key and value into `query_key_value`, which is a target like any other. Its layers are of a class that bitsandbytes passes over; ftnb loads a 4-bit or 8-bit Falcon with plain layers (`ftnb.falcon`), so that it really is small. Packed rows see each other: stage 1 refuses `packing: true`. For GGUF, Falcon 7B needs `num_kv_heads: 1` in its config.json; Falcon RW has a norm that llama.cpp has no place for.
+- **Falcon** fuses query, key and value into `query_key_value`, which is a target like any other. Its layers are of a class that bitsandbytes passes over; ftnb loads a 4-bit or 8-bit Falcon with plain layers (`ftnb.falcon`), so that it really is small. Packed rows see each other: stage 1 refuses `packing: true`. For GGUF, Falcon 7B needs a `num_kv_heads` of 1 in its config.json; Falcon RW has a norm that llama.cpp has no place for.
 - **Mixtral, Qwen3-MoE**: `all-linear` trains attention and the experts, as PEFT's parameter targets. The router stays frozen unless it is named: `lora_target_modules: [all-linear, gate]`. The gate loss counts as the model's config says (`router_aux_loss_coef`), as in TRL. Experts are not quantised by bitsandbytes; the plan says how many GiB stay whole. Of Qwen2-MoE, PEFT adapts the shared expert only.
 - **Mistral, Gemma 2 and 3**: the sliding window is counted in attention and in the cache of keys and values.
 - **Gemma 2** caps its attention scores: it runs with `attn_implementation: eager`, and sdpa is refused in one sentence.
