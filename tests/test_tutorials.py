@@ -33,7 +33,7 @@ def unclean(nb):
         if len(tool.shown(c))>60_000: yield 'an output of over 60 kB'
 
 def test_there_are_tutorials_and_explanations():
-    assert {'first', 'your_data', 'will_it_fit', 'schedule', 'one_gpu'}<=set(TUTORIALS)
+    assert {'first', 'your_data', 'will_it_fit', 'schedule', 'one_gpu', 'preferences', 'several_adapters', 'lora_or_qlora'}<=set(TUTORIALS)
     assert {'lora', 'quantisation', 'where_memory_goes', 'loss_masking'}<=set(EXPLAIN)
 
 @pytest.mark.parametrize('name', COMMITTED)
@@ -101,6 +101,14 @@ def test_the_first_tutorial_reads_a_finished_run(trained):
     shutil.copytree(d/'runs/one-gpu', d/'runs/demo', ignore=shutil.ignore_patterns('*.safetensors'), dirs_exist_ok=True)
     out = run('first', d)
     assert not list(unclean(out)) and all(c['outputs'] for c in [c for c in out['cells'] if c['cell_type']=='code'][1:])
+
+# What each page has to have shown, whatever its few steps learnt
+SHOWN = dict(preferences=('pairs_agree', 'reward accuracy', 'closer than the margin', 'does not fit'), several_adapters=("Did you mean 'ties'?", 'codes kept', 'desk-tickets', 'duo was active and is deleted'), lora_or_qlora=('210 Linear4bit', 'KL to the trained model', 'does not fit'))
+@pytest.mark.parametrize('name', SHOWN)
+def test_a_page_about_methods_runs(name, tmp_path):
+    nb = run(name, tmp_path)
+    out = '\n'.join(results(nb['cells']).values())
+    assert not list(unclean(nb)) and not [t for t in SHOWN[name] if t not in out]
 
 @pytest.mark.soak
 @pytest.mark.parametrize('name', [n for n in TUTORIALS if n not in ('your_data', 'will_it_fit')])
