@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, TaskType # the last for the page: its type hints are read here
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
