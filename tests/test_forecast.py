@@ -190,7 +190,7 @@ def test_a_config_that_is_none_is_a_sentence(change, said):
     with pytest.raises(UserError, match=said): forecast(Step(c))
 
 def test_bad_settings_are_sentences():
-    for kw,said in ((dict(batch=0), 'batch'), (dict(length=0), 'length'), (dict(lora_r=3000), 'over the width of model.layers.0.self_attn.q_proj, 2048'), (dict(optim='adamw'), 'optim'), (dict(peft='prefix', config=real['falcon']), 'falcon')):
+    for kw,said in ((dict(batch=0), 'batch'), (dict(length=0), 'length'), (dict(lora_r=3000), 'over the width of model.layers.0.self_attn.q_proj, 2048'), (dict(optim='adamw'), 'optim'), (dict(peft='prefix', config=dict(real['falcon'], multi_query=True, new_decoder_architecture=False)), 'falcon')):
         with pytest.raises(UserError, match=said): forecast(Step(**{**dict(config=real['llama']), **kw}))
     assert 'over the 4,096 positions' in ' '.join(forecast(Step(real['llama'], length=8192)).notes)
 
