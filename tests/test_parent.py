@@ -99,7 +99,7 @@ def test_a_start_that_does_not_fit_is_one_sentence_before_anything_is_loaded(pre
     if what=='bin': (folder/'adapter_model.safetensors').rename(folder/'adapter_model.bin')
     if what=='rank': values['lora_r'] = 8
     if what=='base': values['model_name_or_path'] = make_tiny(tmp_path/'another')
-    if what=='method': values = dict(peft='ia3')
+    if what=='method': values['peft'] = 'adalora'
     if what=='untrained': folder = made(**LORA).folder
     run = prepared('dpo', **{**values, 'adapter_name_or_path': str(folder)})
     with pytest.raises(UserError, match=said): make_trainer(run)
