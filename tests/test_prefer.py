@@ -170,7 +170,7 @@ def test_the_evaluation_says_which_answer_is_preferred(prepared, method):
 # the real model
 
 @pytest.mark.soak
-@pytest.mark.parametrize('method, steps', [('dpo', 40), ('orpo', 40), ('kto', 60)])
+@pytest.mark.parametrize('method, steps', [('dpo', 20), ('orpo', 30), ('kto', 30)])
 def test_the_real_model_learns_which_reply_of_the_demo_is_preferred(tmp_path, method, steps):
     from ftnb.evaluate import held_out
     from ftnb.generate import Pair, row_losses
