@@ -33,7 +33,7 @@ test: setup
 	@$(PY) tools/check_export.py
 	@$(PY) tools/browser.py
 	@$(BIN)/nbdev-test --n-workers 2
-	@$(PY) -m pytest -m "not soak" -n 2 --dist loadfile
+	@$(PY) -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	@$(PY) -m pytest -m soak
