@@ -2030,7 +2030,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftnb.trace_loss._KernelLogps.forward': ('trace_loss.html#_kernellogps.forward', 'ftnb/trace_loss.py'),
                                  'ftnb.trace_loss._copied_loss': ('trace_loss.html#_copied_loss', 'ftnb/trace_loss.py'),
                                  'ftnb.trace_loss._float32_loss': ('trace_loss.html#_float32_loss', 'ftnb/trace_loss.py'),
-                                 'ftnb.trace_loss._likelihood': ('trace_loss.html#_likelihood', 'ftnb/trace_loss.py'),
                                  'ftnb.trace_loss._odds': ('trace_loss.html#_odds', 'ftnb/trace_loss.py'),
                                  'ftnb.trace_loss._preferred': ('trace_loss.html#_preferred', 'ftnb/trace_loss.py'),
                                  'ftnb.trace_loss.loss_of': ('trace_loss.html#loss_of', 'ftnb/trace_loss.py'),

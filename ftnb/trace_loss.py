@@ -68,15 +68,11 @@ class _KernelLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return torch.empty_like(ctx.saved_tensors[0], memory_format=torch.contiguous_format)
 
-def _likelihood(logits, labels):
-    good, words = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
-    return torch.nn.functional.cross_entropy(good.view(-1, good.shape[-1]), words.view(-1))
-
 def _odds(model, step:Step, labels, given:dict):
     "TRL's ORPO: the likelihood of the chosen answers and the odds of both"
     from trl.trainer.utils import selective_log_softmax
     logits, n = model(**given).logits.float(), len(labels)//2
-    nll = _likelihood(logits[:n], labels[:n])
+    nll = _copied_loss(logits[:n], labels[:n], logits.shape[-1])
     logps = _KernelLogps.apply(logits[:, :-1]) if step.device=='cuda' else selective_log_softmax(logits[:, :-1], labels[:, 1:].clone())
     a, b = logps.mean(1).chunk(2)
     return nll-.1*torch.nn.functional.logsigmoid(a-b).mean()
