@@ -15,7 +15,7 @@ from ftnb.step import step_of
 from ftnb.trace import trace
 
 model = dict(model_type='llama', hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4, intermediate_size=3072, vocab_size=64, tie_word_embeddings=True)
-known = (*like.known, 'ptuning', 'llama_adapter') # the last two are walked as prompts
+known = (*like.known, 'ptuning', 'llama_adapter') # one is walked as a prompt, the other can not be traced
 left_out = dict(waveft='two sizes do not describe it: its transforms pad the matrices')
 lengths, depths = (512, 1024, 2048), (1, 2, 4)
 h, i, kv = 1024, 3072, 256
