@@ -103,19 +103,26 @@ def read_by_everyone(page, folder):
 
 # fixtures, which conftest gives to all tests: one JupyterLab and one Chromium; what is skipped without a browser says so in one line
 
-@pytest.fixture(scope='session')
+def chrome():
+    "The path of a Chromium, or the test is skipped in one line"
+    pytest.importorskip('playwright.sync_api', reason='browser tests: playwright is not installed')
+    return found() or pytest.skip('browser tests: no Chromium here; python tools/browser.py gets one')
+
+# for a module, not the session: playwright keeps its event loop running between tests, and the next module of the same process may want one of its own
+@pytest.fixture(scope='module')
 def browser():
-    api = pytest.importorskip('playwright.sync_api', reason='browser tests: playwright is not installed')
-    if not (chrome := found()): pytest.skip('browser tests: no Chromium here; python tools/browser.py gets one')
+    path = chrome()
+    from playwright import sync_api as api
     api.expect.set_options(timeout=20_000)
     with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chrome, args=FLAGS)
+        b = p.chromium.launch(executable_path=path, args=FLAGS)
         yield b
         b.close()
 
 @pytest.fixture(scope='session')
-def lab(browser, tmp_path_factory):
+def lab(tmp_path_factory):
     "(URL of a JupyterLab, its root folder)"
+    chrome()
     tmp, root = tmp_path_factory.mktemp('lab'), tmp_path_factory.mktemp('root')
     (root/'settings.ini').write_text('[ftnb]\n')
     with serve(tmp, root) as url: yield url, root
