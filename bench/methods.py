@@ -8,7 +8,8 @@ lowest loss on the validation rows is taken; the held-out rows decide nothing.
 
 Measured: trained share, peak resident memory in training, tokens per second from step 3 on, fields right and
 perplexity on held-out rows, size of the saved weights. The file is written after each method; the same command goes
-on where it stopped, and tries again what failed. One method of 24 steps takes 60 to 90 s on two quiet cores.
+on where it stopped, and tries again what failed. One method of 24 steps takes 60 to 90 s on two quiet cores. On a
+machine that others use too, OMP_NUM_THREADS=1 with --cpu counts the seconds of one core, not those of the clock.
 
     python bench/methods.py [--methods lora,ia3] [--steps 24] [--rows 40] [--rates 1] [--out bench/results/methods.json]
 """
@@ -25,6 +26,10 @@ rates = {k: (1e-3, 'LoRA\'s; none of its own is known here') for k in methods} |
     rslora=(2.5e-4, 'LoRA\'s over sqrt(r): its update is scaled up by as much'), vera=(1e-2, 'ten times LoRA\'s, as in its paper'), pvera=(1e-2, 'VeRA\'s'), hira=(4.5e-3, 'that of PEFT\'s comparison, which is 45 times LoRA\'s there'), c3a=(.3, 'that of PEFT\'s comparison, which is 3,000 times LoRA\'s there'),
     trainable_tokens=(.2, 'that of PEFT\'s comparison, which is 2,000 times LoRA\'s there'), bottleneck=(1e-3, 'LoRA\'s'))
 more = dict(trainable_tokens=dict(trainable_token_indices=[1, 2])) # the two tokens that begin and end a turn in smollm2
+
+def one_core(a):
+    "Whether a method computes on one core, whose own seconds are counted: they do not grow when the other cores have work"
+    return a.cpu and os.environ.get('OMP_NUM_THREADS')=='1'
 
 def recipe(method, a, steps, multiple):
     "The recipe of a method"
@@ -73,10 +78,11 @@ def one(a):
     from transformers import TrainerCallback
     from ftnb.ranking import weights_of
     from ftnb.train import make_trainer, train
+    now = time.process_time if one_core(a) else time.perf_counter
     class Clock(TrainerCallback):
         "Time and tokens at each step's end"
         def __init__(self): self.at = []
-        def on_step_end(self, *_, **k): self.at.append((time.perf_counter(), trainer.seen_tokens))
+        def on_step_end(self, *_, **k): self.at.append((now(), trainer.seen_tokens))
     quiet()
     before, trainer = psutil.Process().memory_info().rss, make_trainer(run)
     clock = Clock()
@@ -131,7 +137,7 @@ def main():
             t = time.time()
             res['rows'][name] = got = measure(a, d, name)
             got['seconds'] = round(time.time()-t, 1)
-            res.update(rates={k: dict(rate=v, why=w) for k,(v,w) in rates.items() if k in res['rows']}, versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, threads=os.environ.get('OMP_NUM_THREADS'), command=' '.join(['python', 'bench/methods.py', *[x for x in sys.argv[1:] if x!='--again']]))
+            res.update(rates={k: dict(rate=v, why=w) for k,(v,w) in rates.items() if k in res['rows']}, versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, threads=os.environ.get('OMP_NUM_THREADS'), clock='one core' if one_core(a) else 'wall', command=' '.join(['OMP_NUM_THREADS=1']*one_core(a)+['python', 'bench/methods.py', *[x for x in sys.argv[1:] if x!='--again']]))
             write_json(a.out, res)
             print(f'{name}: {got.get("error") or {k: v for k,v in got.items() if k not in ("rows", "losses")}}', flush=True)
             for f in Path(d).glob(f'{name}-*'): shutil.rmtree(f)

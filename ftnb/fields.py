@@ -160,9 +160,24 @@ class Recipe:
     top_p:Optional[float] = None # Draw from the likeliest tokens that make up this share; needs do_sample
     top_k:Optional[int] = None # Draw from so many likeliest tokens; needs do_sample
     repetition_penalty:float = 1.0 # Above 1: makes repeating less likely
-    export_formats:list = dataclasses.field(default_factory=lambda: ['adapter', 'merged']) # What is exported
+    export_formats:list = dataclasses.field(default_factory=lambda: ['adapter', 'merged']) # What is exported: adapter, merged, merged_4bit, GGUF files f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, and the adapter as one, gguf-lora
     merge_dtype:str = 'auto' # Type of the merged weights: float32, bfloat16, float16, or auto: as the base ships, and a finer one where rounding would change the answers
     max_shard_size:str = '5GB' # Size of one weight file at most
+    max_certify_samples:int = 16 # Held-out rows that each exported file must answer as the trained model does
+    llama_cpp_path:Optional[str] = None # A checkout of llama.cpp whose converter makes the GGUF files; none: the pinned one
+    serve_engine:str = 'llama_cpp' # What answers: llama_cpp (inside ftnb), transformers or vllm
+    serve_format:Optional[str] = None # Which exported file answers; none: the first there is of q8_0, f16, merged, adapter
+    serve_adapters:Optional[list] = None # Other runs on the same base whose adapters answer beside this one, by name
+    host:str = '127.0.0.1' # Address the server listens on; another than this machine's own wants a key in FTNB_API_KEY
+    port:int = 8080 # Its port; 0: any that is free
+    max_model_len:Optional[int] = None # Tokens of prompt and answer together that a server takes; none: what the model was made for, as far as memory goes
+    n_threads:Optional[int] = None # Threads of llama.cpp; none: one for each core
+    n_parallel:int = 4 # Requests that llama.cpp answers at once
+    tensor_parallel_size:int = 1 # vllm: GPUs that share a model
+    max_lora_rank:Optional[int] = None # vllm: largest rank of an adapter; none: that of the adapters served
+    enable_prefix_caching:bool = True # vllm: keep what was computed for the beginning of a prompt
+    gpu_memory_utilization:float = 0.9 # vllm: share of the GPU's memory it may take
+    request_log:bool = True # Log each request's time, tokens and status, without its text
     tasks:Optional[dict] = None # Several adapters on one base: a name and the values that differ for each, such as {billing: {dataset: b.jsonl}}
     sweep:Optional[dict] = None # Lists of values that `ftnb sweep` tries, such as {lora_r: [8, 32]}
     spec_id:Optional[str] = None # Number of the specification that this run fulfils
@@ -171,7 +186,7 @@ class Recipe:
 # %% ../nbs/04_fields.ipynb #1b0d6d22
 groups = dict(model='model_name_or_path', data='dataset', method='method', quantisation='load_in_4bit', training='num_train_epochs',
     optimizer='optim', precision='activation_checkpointing', repeatability='seed', validation='eval_strategy', checkpoints='save_strategy', logging='logging_steps',
-    hub='push_to_hub', distributed='ddp_backend', evaluation='max_eval_samples', export='export_formats', several='tasks', specification='spec_id')
+    hub='push_to_hub', distributed='ddp_backend', evaluation='max_eval_samples', export='export_formats', serving='serve_engine', several='tasks', specification='spec_id')
 names = [f.name for f in fields(Recipe)]
 types = typing.get_type_hints(Recipe)
 

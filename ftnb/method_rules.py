@@ -72,8 +72,10 @@ def _base_faults(r, m):
     if bits not in m.bits and r.peft not in ('full', 'qlora'): yield f'load_in_{bits}bit', f'load_in_{bits}bit: {m.title} can not stand on a base in {bits} bits; leave load_in_{bits}bit out, or set peft: qlora'
     if r.packing and not m.packs: yield 'packing', f'packing: true does not go with peft: {r.peft}: what it adds belongs to one row, not to several behind one another; leave packing out'
     if r.activation_checkpointing and not m.checkpoints: yield 'activation_checkpointing', f'activation_checkpointing: true does not go with peft: {r.peft}, which keeps a cache in training; set it to false'
-    if 'merged' in r.export_formats and not m.merges and r.peft!='full' and sorted(r.export_formats)!=['adapter', 'merged']:
-        yield 'export_formats', f'export_formats: {m.title} can not become part of the weights; set export_formats: [adapter]'
+    if not m.merges and r.peft!='full' and sorted(r.export_formats)!=['adapter', 'merged'] and (x := [k for k in r.export_formats if k!='adapter']):
+        yield 'export_formats', f'export_formats: {m.title} can not become part of the weights, which {x[0]} needs; set export_formats: [adapter]'
+    if 'gguf-lora' in r.export_formats and (r.peft not in ('lora', 'qlora', 'rslora') or r.use_dora):
+        yield 'export_formats', f'export_formats: gguf-lora holds the matrices of LoRA, which {m.title} has not alone; leave it out{" and take a merged file such as q8_0" if m.merges else ""}'
 
 token_methods = ('full', *lora_family, 'adalora', 'bottleneck') # PEFT trains single rows of an embedding beside these only
 def _token_faults(r, m):

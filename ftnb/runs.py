@@ -25,11 +25,12 @@ _prepare = ['model_name_or_path', 'model_revision', 'trust_remote_code', 'pad_to
     'system_prompt', 'valid_size', 'test_size', 'max_train_samples', 'max_length', 'excess_length_strategy', 'assistant_only_loss', 'seed', 'method', 'new_tokens',
     'template_date', 'think', 'near_duplicates', 'near_duplicate_threshold', 'eval_prompts', 'secrets', 'private_data', 'accept']
 _generate = ['max_eval_samples', 'max_new_tokens', 'do_sample', 'temperature', 'top_p', 'top_k', 'repetition_penalty']
-_export = ['export_formats', 'merge_dtype', 'max_shard_size']
+_export = ['export_formats', 'merge_dtype', 'max_shard_size', 'max_certify_samples', 'llama_cpp_path']
+_serve = ['serve_engine', 'serve_format', 'serve_adapters', 'host', 'port', 'max_model_len', 'n_threads', 'n_parallel', 'tensor_parallel_size', 'max_lora_rank', 'enable_prefix_caching', 'gpu_memory_utilization', 'request_log']
 _no_effect = ['output_dir', 'run_name', 'report_to', 'logging_steps', 'logging_first_step', 'dataset_num_proc', 'save_strategy', 'save_steps', 'save_total_limit', 'save_only_model',
     'resume_from_checkpoint', 'on_oom', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'spec_id', 'spec', 'tasks', 'sweep', 'adapter_name']
-_train = [n for n in names if n not in _prepare+_generate+_export+_no_effect]
-stage_fields = dict(prepare=_prepare, plan=_train, train=_train, evaluate=_generate+['per_device_eval_batch_size', 'dtype'], export=_export)
+_train = [n for n in names if n not in _prepare+_generate+_export+_serve+_no_effect]
+stage_fields = dict(prepare=_prepare, plan=_train, train=_train, evaluate=_generate+['per_device_eval_batch_size', 'dtype'], export=_export, serve=_serve)
 
 # %% ../nbs/07_runs.ipynb #fa913ec5
 def data_paths(

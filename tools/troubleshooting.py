@@ -26,7 +26,7 @@ entries = {
     ("{k}: {v} has no effect with method: {m}; leave it out, or set method: {other}", 'A field of one loss stands beside another.', 'Leave it out, or set the `method` that is named.'),
     ("load_in_{n}bit: {title} can not stand on a base in {m} bits", 'The method needs the weights themselves.', 'A whole base, or `peft: qlora`.'),
     ("packing: true does not go with peft: {peft}", 'Virtual tokens belong to one row.', 'Leave `packing` out.'),
-    ("export_formats: {title} can not become part of the weights; set export_formats: [adapter]", 'There is nothing to merge.', 'Ship the adapter beside the base.'),
+    ("export_formats: {title} can not become part of the weights, which {format} needs; set export_formats: [adapter]", 'There is nothing to merge.', 'Ship the adapter beside the base.'),
     ("{path} is there already; choose another name, or --force to write over it.", '`ftnb new` does not write over a recipe.', 'Another name, or `--force`.'),
 ],
 'Data': [
