@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .verify import Trained, distance, logits_of, max_kl, min_top1
+from .trained import Trained, distance, logits_of, max_kl, min_top1
 
 # %% ../nbs/37a_rounding.ipynb #29bee3eb
 def _round(p, dtype): return p.to(dtype).to(p.dtype) if p.is_floating_point() else p

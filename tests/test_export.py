@@ -11,7 +11,8 @@ from ftnb.prepare import prepare
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
 from ftnb.train import train
-from ftnb.verify import compare_folders, load_trained
+from ftnb.trained import load_trained
+from ftnb.verify import compare_folders
 
 SMALL = dict(dataset='demo', max_train_samples=8, max_steps=2, lora_r=4, eval_strategy='no', use_cpu=True)
 
