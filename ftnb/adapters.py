@@ -13,7 +13,7 @@ from .methods import lora_family, methods
 from .fields import Recipe
 from .arch import Arch, Module
 from .counts import fitted, layer_tensors, prompt_tensors, sizes
-from .targets import Trained, copied, own_tensors, resolve, wrapped
+from .targets import Trained, chosen, copied, own_tensors, resolve, wrapped
 
 # %% ../nbs/12_adapters.ipynb #088ac757
 def _pair(
@@ -117,14 +117,24 @@ def place_of(r:Recipe)->dict:
     "The recipe's exclude, layers and pattern, as `wrapped` takes them"
     return dict(exclude=r.lora_exclude_modules, layers=r.layers_to_transform, pattern=r.layers_pattern, strict=True)
 
+def _rows_of(arch, r):
+    "The tokens whose rows are trained beside an adapter: those that are named, and new ones in each embedding that is not trained whole"
+    own = r.trainable_token_indices
+    if not r.new_tokens: return own
+    ends = [n for n in (arch.layout.embed.rpartition('.')[2], *(() if arch.tied else ('lm_head',))) if n not in (r.lora_modules_to_save or ())]
+    rows = {n: [*r.new_tokens, *['pad']*(r.pad_token=='new')] for n in ends}
+    for n,more in (own if isinstance(own, dict) else {ends[0]: own} if own and ends else {}).items(): rows[n] = [*rows.get(n, ()), *more]
+    return rows or None
+
 def trained_by(
     arch:Arch,
     r:Recipe,
 )->list: # Of `Trained`
     "Every tensor that a recipe trains of a model"
+    if r.peft=='full' and r.trainable_modules is not None: return chosen(arch, r.trainable_modules)
     lora = methods[r.peft].kind=='lora'
     args = dict(r.peft_args or {}, **(dict(use_dora=r.use_dora, rank_pattern=r.rank_pattern) if r.peft in lora_family else {}))
-    return trained(arch, r.peft, r.lora_r, r.lora_target_modules, r.lora_modules_to_save, r.lora_bias if lora else args.pop('bias', 'none'), r.num_virtual_tokens, r.bottleneck_size, args, r.trainable_token_indices, **place_of(r))
+    return trained(arch, r.peft, r.lora_r, r.lora_target_modules, r.lora_modules_to_save, r.lora_bias if lora else args.pop('bias', 'none'), r.num_virtual_tokens, r.bottleneck_size, args, _rows_of(arch, r), **place_of(r))
 
 def what_it_trains(
     arch:Arch,

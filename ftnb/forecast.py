@@ -78,7 +78,7 @@ def embed(c:Run, p:Paper, s:Step)->T:
     h = t.op(lambda: [t.new(n, w.size)], (w,), lambda t, g: [t.new(w.n, w.size, GRAD)])
     if ab: h = add(t, h, _lora_rows(t, n, H, *ab))
     if a.model_type.startswith('gemma'): h = one(t, h)
-    if h.node is None and (s.peft!='full' and s.activation_checkpointing or s.adapter and not p.adapted and s.adapter['peft']!='ln_tuning'):
+    if h.node is None and (s.peft!='full' and s.activation_checkpointing or s.adapter and not p.adapted and s.adapter['peft'] not in ('full', 'ln_tuning')):
         h.node = Leaf(h.n, h.size, ACT)
         p.leaf = h # held as long as the graph
     if a.model_type=='granite': h = one(t, h)
@@ -199,7 +199,7 @@ def _asking(t:Tape, more:dict, asked:int)->tuple:
 def _one_by_one(s:Step)->bool:
     "Whether layers are named by their path, so that blocks may differ"
     names = s.lora_target_modules
-    if s.adapter and (s.adapter['peft']=='llama_adapter' or s.adapter['layers_to_transform'] is not None or s.adapter['rank_pattern']): return True
+    if s.adapter and (s.adapter['peft']=='llama_adapter' or s.adapter['layers_to_transform'] is not None or s.adapter['rank_pattern'] or s.adapter['trainable_modules']): return True
     if isinstance(names, str): return names.lower()!='all-linear'
     return any('.' in n for n in (*names, *(s.modules_to_save or ())))
 

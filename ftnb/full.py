@@ -6,37 +6,22 @@
 __all__ = ['picked', 'make_full', 'name_of', 'token_rows', 'rows_only']
 
 # %% ../nbs/30b_full.ipynb #a4fee759
-import re
 from functools import partial
 
 from peft.utils.other import TrainableTokensWrapper
 
-from .base import UserError, nearest
+from .base import UserError
 from .fields import Recipe
+from .targets import picked_paths
 from .tokenizer import load_tokenizer, new_token_ids
 
 # %% ../nbs/30b_full.ipynb #c47cf249
-def _is_name(pattern:str)->bool: return bool(re.fullmatch(r'[\w.]+', pattern))
-
-def _picks(pattern:str, path:str)->bool:
-    "Whether a name or an expression picks the parameter at `path`"
-    return f'.{pattern}.' in f'.{path}.' if _is_name(pattern) else bool(re.fullmatch(pattern, path))
-
 def picked(
     model,
     trainable_modules, # Names, or one expression
 )->set: # Paths of parameters; a shared one under each of its names
     "The parameters that `trainable_modules` names; a `UserError` for a name that is none"
-    paths = [n for n,_ in model.named_parameters(remove_duplicate=False)]
-    wanted = [trainable_modules] if isinstance(trainable_modules, str) else trainable_modules
-    for w in wanted:
-        if not _is_name(w):
-            try: re.compile(w)
-            except re.error as e: raise UserError(f'trainable_modules: {w!r} is no regular expression ({e}).') from None
-        if any(_picks(w, p) for p in paths): continue
-        have = list(dict.fromkeys(o for p in paths for o in p.split('.') if not o.isdigit() and o not in ('weight', 'bias')))
-        raise UserError(f'trainable_modules: {w!r} is in no parameter of this model, such as {paths[len(paths)//2]}.{nearest(w.split(".")[-1], have)}')
-    return {p for p in paths if any(_picks(w, p) for w in wanted)}
+    return picked_paths([n for n,_ in model.named_parameters(remove_duplicate=False)], trainable_modules)
 
 # %% ../nbs/30b_full.ipynb #3835496b
 def make_full(

@@ -185,8 +185,10 @@ def sides_differ(f:Facts)->dict:
     return _few(f, lambda r: r.startswith('chosen and rejected are the same'), 'have the same answer twice', 'check mapping: chosen and rejected may name one column')
 
 def pairs_agree(f:Facts)->dict:
-    "No two rows judge the same answers both ways round"
-    return _few(f, lambda r: r.startswith('contradicts'), 'contradict each other', 'check which column of which file is the wanted one')
+    "No two rows judge the same answers both ways round, and KTO has one verdict for each answer"
+    out = _few(f, lambda r: r.startswith('contradicts'), 'contradict each other', 'check which column of which file is the wanted one')
+    if out['verdict']!='ok' or not f.judged or not f.judged.torn: return out
+    return _gate(f.judged.torn, 'warn', 'answers are wanted in one row and not wanted in another, and KTO trains them both ways; method: dpo only compares, and takes such pairs as they are')
 
 def labels_balanced(f:Facts)->dict:
     "KTO sees wanted and unwanted answers, weighted into balance"

@@ -21,6 +21,7 @@ from .parent import find_parent
 from .runs import Run, run_folder
 from .several import adapter_folder
 from .tokenizer import load_tokenizer, run_tokenizer
+from .tune import with_adapter
 
 # %% ../nbs/35_generate.ipynb #02f94796
 def stop_ids(
@@ -120,12 +121,11 @@ class Pair:
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok) if which!='tuned' else None
             self.tuned = load_model(r, dtype=dtype, path=full) if which!='base' else None
         else:
-            if r.peft=='bottleneck': import ftnb.bottleneck # makes it known to PEFT
             self.base = fit_vocabulary(load_model(r, dtype=dtype), self.tok)
             parent = find_parent(r) if which!='tuned' else None
             start = parent.folder if parent and parent.adapter else None
-            if which!='base': self.tuned = PeftModel.from_pretrained(self.base, str(adapter))
-            else: self.tuned = PeftModel.from_pretrained(self.base, str(start), adapter_name='start') if start else self.base
+            if which!='base': self.tuned = with_adapter(self.base, adapter)
+            else: self.tuned = with_adapter(self.base, start, 'start') if start else self.base
             if start and which!='base': self.tuned.load_adapter(str(start), 'start')
 
     @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Device', 'cpu_flags', 'find_device', 'pick_dtype', 'weight_dtype', 'precision_args', 'quantisation', 'quiet',
-           'load_model', 'fit_vocabulary']
+           'unpacked', 'load_model', 'fit_vocabulary']
 
 # %% ../nbs/30_load.ipynb #7346ff97
 import os, platform, sys, warnings
@@ -105,6 +105,16 @@ def _config(r, path):
 
 _unpack = {'fp8': FineGrainedFP8Config, 'mxfp8': FineGrainedFP8Config, 'mxfp4': Mxfp4Config, 'compressed-tensors': CompressedTensorsConfig}
 
+def unpacked(
+    model,
+    r:Recipe=None, # None: it is to be trained, and the packed form passes no gradient back
+):
+    "`model`, with 4-bit layers in their plain form where the packed one of CPUs with AVX512-BF16 does not do"
+    reads = r is None or r.use_dora or r.peft not in ('lora', 'qlora', 'rslora') # other methods read the weights, which the packed form does not give
+    for m in model.modules():
+        if type(m).__name__=='Linear4bit' and (reads or m.out_features%32 or m.in_features%64): m.support_avx512bf16_for_cpu = False # it takes no other shapes
+    return model
+
 def _whole(model, dtype):
     "A quantised checkpoint with whole weights, that can be saved as such"
     model = model.dequantize(dtype).to(dtype)
@@ -140,8 +150,7 @@ def load_model(
         if 'attention implementation' in str(e) or 'does not support an attention' in str(e): raise UserError(f'attn_implementation: {r.attn_implementation} does not run with {config.get("model_type")}; set eager.') from None
         if isinstance(e, ImportError) and 'flash' in str(e).lower(): raise UserError(f'attn_implementation: {r.attn_implementation} is not installed; set sdpa.') from None
         raise
-    for m in model.modules():
-        if type(m).__name__=='Linear4bit' and (r.use_dora or r.peft not in ('lora', 'qlora', 'rslora') or m.out_features%32 or m.in_features%64): m.support_avx512bf16_for_cpu = False # its packed form takes no other shapes, and methods that read the weights can not
+    unpacked(model, r)
     return _whole(model, dtype) if quantised is False and getattr(model, 'is_quantized', False) and 'merged' in r.export_formats else model
 
 def fit_vocabulary(

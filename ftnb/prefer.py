@@ -14,7 +14,6 @@ from importlib import import_module
 from importlib.metadata import version
 
 from datasets import Dataset
-from peft import PeftModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig
 
 from .adapter_config import adapter_config
@@ -23,7 +22,7 @@ from .fields import Recipe
 from .full import rows_only
 from .loss import Counted, Trainer
 from .method_rules import losses_of
-from .tune import make_trainable, trains
+from .tune import make_trainable, trains, with_adapter
 
 # %% ../nbs/33b_prefer.ipynb #c33b8cb2
 orpo_places = ('trl.experimental.orpo', 'trl', 'trl.trainer.orpo_trainer')
@@ -107,7 +106,7 @@ def go_on(
     folder, # Of an adapter
 ):
     "`model` with an earlier adapter on it, to be trained further"
-    out = PeftModel.from_pretrained(trains(model), str(folder), is_trainable=True)
+    out = with_adapter(trains(model), folder, is_trainable=True)
     c = out.peft_config['default']
     if hasattr(c, 'init_lora_weights'): c.init_lora_weights = True # its start lies behind it; TRL's frozen copy would make it anew
     return out

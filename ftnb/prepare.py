@@ -18,7 +18,7 @@ from .gates import Facts, check_accept, generation_stops, judge, nothing_cut
 from .intake import near_notes, sift, take_in
 from .keep import ShownRows, SplitFiles, describe_lengths
 from .ledger import Ledger
-from .pairs import PairFault, encode_judged, encode_pair, examples
+from .pairs import PairFault, encode_judged, examples
 from .report import html_page
 from .rowcheck import JudgedCount, Tally, inspect_row
 from .runs import Run
@@ -76,7 +76,7 @@ class _Pass:
 def _tokens(tok, rec, recipe):
     "A record as tokens: with labels, or with the answers that are judged"
     if 'prompt' not in rec: return encode(tok, rec, recipe.assistant_only_loss, recipe.think)
-    return (encode_judged if 'completion' in rec else encode_pair)(tok, rec, recipe.think)
+    return encode_judged(tok, rec, recipe.think)
 
 def _fit(i, enc, recipe, got):
     "(tokens within `max_length`, reason why the row is set aside) of an encoded row"
@@ -107,6 +107,7 @@ def _encode_all(rows, recipe, tok, files, got):
         if got.describe: got.describe.add(rec, split, enc.size, enc.trained)
         for r,e in examples(rec, kept, recipe.method):
             got.lens[split][e.size] += times
+            if split=='train' and recipe.method=='kto': got.judged.judge(e)
             if files: files[split].add(dict(r, source=rows.files[rows.file[i]].split('/')[-1], line=rows.line[i]), e.columns, times)
 
 # %% ../nbs/29_prepare.ipynb #56ca3627

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
-from peft import PeftModel
 
 from .base import Table, UserError, write_json
 from .chat import template_hash
@@ -23,6 +22,7 @@ from .runs import Run, run_folder
 from .several import adapter_folder, adapter_folders, adapters_table, check_combination, known_name, new_name, read_adapter
 from .tokenizer import load_tokenizer, run_tokenizer
 from .trees import adapter_info, add_combined, check_base, find_adapter, same_weights
+from .tune import with_adapter
 
 # %% ../nbs/35c_rack.ipynb #c5d1cb1b
 class Adapters:
@@ -68,11 +68,10 @@ class Adapters:
     def _load(self, name, folder, info):
         "Load an adapter into the tree of its method"
         kind = info['config']['peft_type']
-        if kind=='BOTTLENECK': import ftnb.bottleneck # makes it known to PEFT
         tree = self._trees.get(kind)
         warnings.filterwarnings('ignore', message='Adapter name .* should not be contained') # it is loaded by its whole name
         try:
-            if tree is None: tree = PeftModel.from_pretrained(same_weights(self.base), str(folder), adapter_name=name)
+            if tree is None: tree = with_adapter(same_weights(self.base), folder, name)
             else: tree.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as e:
             if tree is not None and name in tree.peft_config: tree.delete_adapter(name)

@@ -95,7 +95,7 @@ class RatingPanel(Panel):
 @patch
 def load(self:RatingPanel):
     "Read the answers and what was chosen of them"
-    self.pairs, self.done, self.others, self.notes, self.files, self.saved, self.path = [], {}, 0, [], {}, None, None
+    self.pairs, self.done, self.passed, self.others, self.notes, self.files, self.saved, self.path = [], {}, set(), 0, [], {}, None, None
     try:
         source = self.source if self.source is not None else self._chosen_run()
         self.path = Path(self.file or _file_for(source))
@@ -125,9 +125,19 @@ def _chosen_run(self:RatingPanel):
 
 # %% ../nbs/56a_rating_panel.ipynb #c21bb857
 @patch(as_prop=True)
+def skipped(self:RatingPanel)->list:
+    "The pairs that were skipped and not yet asked once more"
+    return [p for p in self.pairs if self.done.get(p['key'], {}).get('choice')=='skip' and p['key'] not in self.passed]
+
+@patch(as_prop=True)
+def left(self:RatingPanel)->list:
+    "The pairs that were not asked"
+    return [p for p in self.pairs if p['key'] not in self.done]
+
+@patch(as_prop=True)
 def pair(self:RatingPanel):
-    "The pair that is shown, or None"
-    return next((p for p in self.pairs if p['key'] not in self.done), None)
+    "The pair that is shown, or None: one that was not asked, then those that were skipped, once more"
+    return next(iter(self.left or self.skipped), None)
 
 @patch
 def choose(self:RatingPanel,
@@ -140,10 +150,12 @@ def choose(self:RatingPanel,
     if key is None: return self._show('There is nothing to undo.' if undo else 'All pairs are rated.')
     try: add_choice(self.path, **(dict(key=key, undo=True) if undo else {**{k:v for k,v in p.items() if k!='expected'}, 'choice': choice}))
     except UserError as e: return self._show(str(e), 'bad')
-    if undo: del self.done[key]
+    was = self.done.pop(key, None)
+    if undo: self.passed.discard(key)
     else: self.done[key] = dict(p, choice=choice)
+    if was and choice=='skip': self.passed.add(key)
     self._show(f'last: {"taken back" if undo else _labels[choice]}')
-    if self.pair is None: self.write()
+    if not self.left: self.write()
 
 @patch
 def _press(self:RatingPanel, choice):
@@ -180,7 +192,7 @@ def preferred(self:RatingPanel):
 @patch
 def _html(self:RatingPanel, said='', kind='help')->dict:
     n, p = len(self.pairs), self.pair
-    at = f'Pair {len(self.done)+1} of {n}' if p else f'All {n} pairs are rated' if n else 'No pairs'
+    at = f'Pair {len(self.done)+1} of {n}' if self.left else f'Once more: {len(self.skipped)} skipped' if p else f'All {n} pairs are rated' if n else 'No pairs'
     bar = f' <progress max="{n}" value="{len(self.done)}" aria-label="{len(self.done)} of {n} rated"></progress>' if n else ''
     skipped = sum(r['choice']=='skip' for r in self.done.values())
     told = ''.join([note(said, kind), *(note(t, k) for k,t in self.notes)])
@@ -206,7 +218,7 @@ def static_html(self:RatingPanel)->str:
 def text(self:RatingPanel)->str:
     "What the panel shows, for a terminal"
     p = self.pair
-    parts = [f'pair {len(self.done)+1} of {len(self.pairs)}' if p else f'all {len(self.pairs)} pairs are rated' if self.pairs else 'no pairs', *(t for _,t in self.notes)]
+    parts = [f'pair {len(self.done)+1} of {len(self.pairs)}' if self.left else f'once more: {len(self.skipped)} skipped' if p else f'all {len(self.pairs)} pairs are rated' if self.pairs else 'no pairs', *(t for _,t in self.notes)]
     if p: parts += [f'question: {_cut(plain(p["prompt"]), 300)}', *(f'{s.upper()}: {_cut(plain(p[s]), 300)}' for s in 'ab')]
     if (t := self.preferred()): parts.append(repr(t))
     if self.files: parts += [repr(self.saved), *map(str, self.files.values())]

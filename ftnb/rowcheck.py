@@ -40,6 +40,15 @@ class JudgedCount:
     prompts:Counter=field(default_factory=Counter) # Their prompts
     pairs:int=0 # Pairs among them
     longer:int=0 # Pairs whose chosen answer is the longer one
+    verdicts:dict=field(default_factory=dict) # KTO's answers by prompt: 1 wanted, 2 not, 3 both
+    @property
+    def torn(self)->int: return sum(v==3 for v in self.verdicts.values())
+    def judge(self,
+        enc, # A `Judged` with one answer
+    ):
+        "Note an answer's verdict, to find those with both"
+        k = hash((*enc.prompt_ids, -1, *enc.completion_ids))
+        self.verdicts[k] = self.verdicts.get(k, 0) | (1 if enc.label else 2)
     def add(self,
         enc, # A `Judged`
         times:int=1, # How often it is trained on

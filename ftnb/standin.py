@@ -18,6 +18,7 @@ from .base import UserError, gib, nearest
 from .fields import Recipe
 from .falcon import plain_layers
 from .arch import Arch
+from .full import make_full
 from .step import Step
 from .targets import expert_names, resolve
 
@@ -64,6 +65,7 @@ def alike(step:Step)->bool:
     "Whether all layers of the model are the same"
     config = config_of(step)
     text = config.get_text_config()
+    if step.adapter and (step.adapter['trainable_modules'] or step.adapter['layers_to_transform'] is not None): return False
     if any(any(x!=v[0] for x in v) for v in _per_layer(text).values()): return False
     with torch.device('meta'): blocks = blocks_of(_model(config, step), text.num_hidden_layers)
     shapes = [[(n, p.shape) for n,p in b.named_parameters()] for b in blocks]
@@ -159,6 +161,7 @@ def build(
     if step.bits<16: _quantise(model, step)
     if step.kbit_prep and step.bits<16: model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if step.peft!='full': model = _adapt(model, step)
+    elif step.adapter: make_full(model, Recipe(**step.adapter))
     if step.kbit_prep and step.bits<16 and step.era!='1.16' and step.autocast=='bfloat16': _old_casts(model)
     if step.activation_checkpointing:
         base_of(model).activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=step.era!='1.16'))

@@ -13,6 +13,7 @@ import torch
 from datasets import load_dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
+from .adapter_config import check_args
 from .arguments import training_args
 from .base import UserError, disk_error
 from .load import find_device, fit_vocabulary, load_model, pick_dtype, quiet
@@ -46,6 +47,7 @@ def make_trainer(
     os.environ.setdefault('TENSORBOARD_LOGGING_DIR', str(run.path('tensorboard')))
     quiet()
     set_seed(r.seed)
+    check_args(r)
     parent = check_parent(r)
     if parent: run.note(parent=parent.note)
     tok = run_tokenizer(run)

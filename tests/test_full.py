@@ -2,10 +2,16 @@
 import pytest, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from ftnb.adapters import trained_by
+from ftnb.arch import Arch
 from ftnb.base import UserError
+from ftnb.forecast import forecast
 from ftnb.full import make_full, picked
 from ftnb.load import load_model
+from ftnb.models import read_config
 from ftnb.recipe import make_recipe
+from ftnb.step import step_of
+from ftnb.trace import trace
 from ftnb.train import make_trainer, train
 from ftnb.tune import count_parameters
 
@@ -43,6 +49,18 @@ def test_a_name_picks_whole_parts_of_a_path_and_an_expression_the_whole_path(tin
 def test_a_name_that_is_in_no_parameter_stops_before_training(made, names, said):
     with pytest.raises(UserError, match='trainable_modules') as e: make_trainer(made(trainable_modules=names))
     assert said in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('names', [None, ['lm_head', 'layers.1.mlp'], 'norm', r'.*\.(q|v)_proj\..*', ['embed_tokens']])
+def test_the_plan_counts_the_chosen_weights_and_a_shared_embedding_once(tiny, names):
+    r = make_recipe(dict(model_name_or_path=tiny, peft='full', use_cpu=True, dtype='float32', trainable_modules=names))
+    n = count_parameters(make_full(load_model(r), r))[1]
+    assert sum(t.params for t in trained_by(Arch.read(tiny), r))==n==forecast(step_of(r, read_config(tiny))).params_trained
+
+@pytest.mark.parametrize('names', [['mlp'], ['layers.4', 'layers.5'], ['lm_head'], ['norm']])
+def test_the_memory_of_chosen_weights_is_that_of_the_traced_step(names):
+    config = dict(model_type='llama', hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000, max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-5, hidden_act='silu')
+    s = step_of(make_recipe(dict(peft='full', trainable_modules=names, max_length=64, per_device_train_batch_size=2, activation_checkpointing=False)), config)
+    assert abs(forecast(s).peak/trace(s).peak-1)<.002
 
 def test_chosen_modules_are_for_full_fine_tuning_and_must_hold_the_embeddings_of_new_tokens(made):
     with pytest.raises(UserError, match='set peft: full'): make_recipe(dict(peft='lora', trainable_modules=['mlp']))

@@ -3,6 +3,8 @@ import dataclasses
 import pytest, torch
 from safetensors.torch import load_file
 from ftnb.adapter_config import config_of
+from ftnb.adapters import trained_by
+from ftnb.arch import Arch
 from ftnb.base import UserError
 from ftnb.export import export
 from ftnb.evaluate import evaluate
@@ -55,6 +57,14 @@ def test_two_new_tokens_go_through_training_evaluation_and_export(made, folders,
         if peft!='full': assert torch.equal(now[:n], before)
     pair = load(run)
     assert '<sum>' in pair.tok.decode(ids, skip_special_tokens=True) and pair.tuned.get_input_embeddings().weight.shape[0]==n+2
+
+@pytest.mark.parametrize('kind, values', [('shared', {}), ('apart', {}), ('apart', dict(lora_modules_to_save=['lm_head'])), ('shared', dict(trainable_token_indices=[7, 9])), ('apart', dict(pad_token='new'))])
+def test_the_plan_counts_the_rows_of_new_tokens(folders, kind, values):
+    r = make_recipe(dict(model_name_or_path=folders[kind], new_tokens=NEW, lora_r=4, use_cpu=True, dtype='float32', **values))
+    bare, model = make_recipe({**{k: v for k,v in values.items() if k=='lora_modules_to_save'}, 'lora_r': 4}), make_trainable(fit_vocabulary(load_model(r), load_tokenizer(r)), r)
+    arch = Arch.read(folders[kind])
+    rows = sum(p.numel() for n,p in model.named_parameters() if p.requires_grad and 'trainable_tokens' in n)
+    assert sum(t.params for t in trained_by(arch, r))-sum(t.params for t in trained_by(arch, bare))==rows>=2*arch.hidden_size
 
 def test_a_method_is_refused_in_words_unless_peft_trains_single_tokens_beside_it():
     can = {n for n in methods if n=='full' or 'trainable_token_indices' in {f.name for f in dataclasses.fields(config_of(n))}}

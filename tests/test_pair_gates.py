@@ -9,7 +9,7 @@ from ftnb.pairs import Judged
 
 PREFER = dict(method='dpo')
 
-def wrong(monkeypatch, change, name='encode_pair'):
+def wrong(monkeypatch, change, name='encode_judged'):
     "Tokens that are changed behind the back of stage 1"
     right = getattr(stage, name)
     monkeypatch.setattr(stage, name, lambda *a, **k: change(right(*a, **k)))
@@ -44,7 +44,7 @@ def test_an_empty_side_stops(monkeypatch, prep):
 
 def test_a_judged_answer_is_looked_at_as_closely(monkeypatch, prep):
     rows = [dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs(60))]
-    wrong(monkeypatch, lambda e: sides(e, lambda k, a: a[:-1]), 'encode_judged')
+    wrong(monkeypatch, lambda e: sides(e, lambda k, a: a[:-1]))
     stopped(monkeypatch, prep, 'end_of_turn_trained', '60 rows', rows=rows, method='kto')
 
 @pytest.mark.parametrize('side', ['chosen', 'rejected'])
@@ -59,8 +59,8 @@ def test_pairs_that_are_one_answer_twice_are_set_aside_and_many_of_them_stop(mon
     stopped(monkeypatch, prep, 'sides_differ', '10 rows have the same answer twice', 'one column', rows=pairs(60)+twice, **PREFER)
 
 def test_pairs_whose_tokens_are_the_same_are_set_aside(monkeypatch, prep):
-    right = stage.encode_pair
-    monkeypatch.setattr(stage, 'encode_pair', lambda tok, rec, think: Judged((e := right(tok, rec, think)).prompt_ids, dict(chosen=e.chosen_ids, rejected=e.chosen_ids) if '7 times' in str(rec) else e.answers))
+    right = stage.encode_judged
+    monkeypatch.setattr(stage, 'encode_judged', lambda tok, rec, think: Judged((e := right(tok, rec, think)).prompt_ids, dict(chosen=e.chosen_ids, rejected=e.chosen_ids) if '7 times' in str(rec) else e.answers))
     got = prep(pairs(60), accept=dict(answers_trained='planted'), **PREFER)[1]
     assert got.report['set_aside'] and {a['reason'] for a in got.report['set_aside']}=={'chosen and rejected are the same tokens'}
 
@@ -72,6 +72,12 @@ def test_pairs_that_contradict_each_other_are_set_aside_and_many_of_them_stop(mo
     rows = [dict(prompt='Is it warm?', completion='Yes, it is.', label=l) for l in (True, False, True)]+[dict(prompt=p['prompt'], completion=p['chosen'], label=i%2==0) for i,p in enumerate(pairs(60))]
     got = prep(rows, method='kto')[1]
     assert [a['line'] for a in got.report['set_aside']]==[1, 2, 3]
+
+def test_an_answer_that_won_one_pair_and_lost_another_is_said_to_kto_and_not_to_dpo(prep):
+    chain = [dict(p, chosen=p['rejected'], rejected=[say(f'No, not {i}.')]) for i,p in enumerate(pairs(3))]
+    for method,said in (('kto', 'warn'), ('dpo', 'ok')):
+        got = prep(pairs(60)+chain, method=method, valid_size=0, test_size=0)[1]
+        assert verdicts(got)['pairs_agree']==said and not got.report['aside']
 
 def test_an_answer_of_several_turns_is_set_aside_in_words(prep):
     long = [dict(p, chosen=[*p['chosen'], ask('Sure?'), say('Yes.')]) for p in pairs(62)[60:]]

@@ -50,8 +50,8 @@ def by_trl(tok, rows, kind='dpo'):
 def same_as_trl(tok, rec, ids):
     "Whether tokens are TRL's, but for white space behind the end of turn; None where TRL leaves out the end of the prompt"
     from ftnb.chat import prompt_of
-    from ftnb.pairs import as_chats, encode_pair
-    mine = encode_pair(tok, rec)
+    from ftnb.pairs import as_chats, encode_judged
+    mine = encode_judged(tok, rec)
     if ids['prompt_ids']!=prompt_of(tok, as_chats(rec)['chosen'])[0]: return None
     return mine.prompt_ids==ids['prompt_ids'] and all(ids[f'{k}_ids'][:len(a)]==a and not tok.decode(ids[f'{k}_ids'][len(a):]).strip() for k,a in mine.answers.items())
 

@@ -115,6 +115,23 @@ def test_a_place_that_can_not_be_written_is_a_sentence_and_the_pair_stays(tmp_pa
     p.choose('a')
     assert p.shown['progress'].value.count('Problem: ')==1 and 'Pair 1 of 2' in p.shown['progress'].value and not p.done
 
+def test_what_was_skipped_is_asked_once_more_at_the_end_and_again_next_time(tmp_path):
+    f = tmp_path/'c.jsonl'
+    p = rating_panel(rows(3), f)
+    for c in ('skip', 'a', 'skip'): p.choose(c)
+    assert p.pair==p.pairs[0] and 'Once more: 2 skipped' in p.static_html() and [x.name for x in p.files.values()]==['c_dpo.jsonl', 'c_kto.jsonl'] and p.preferred() is None
+    p.choose('skip') # still undecided: the other one
+    assert p.pair==p.pairs[2]
+    p.choose('b')
+    assert p.pair is None and 'All 3 pairs are rated' in p.static_html() and '1 skipped' in p.static_html() and len(p.files['dpo'].read_text().splitlines())==2
+    p.choose('undo') # its choice is taken back, so it is asked anew
+    assert p.pair==p.pairs[2]
+    p.choose('b')
+    again = rating_panel(rows(3), f)
+    assert again.pair==again.pairs[0]
+    again.choose('a')
+    assert again.pair is None and len(again.files['dpo'].read_text().splitlines())==3
+
 # ---- candidates
 
 def test_who_is_a_is_drawn_and_can_be_told_afterwards():
