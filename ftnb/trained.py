@@ -95,7 +95,7 @@ class Trained:
 def distances(
     ref:Trained,
     got, # Logits on its rows, one by one
-)->dict: # As `distance`; on the first rows also kl_first, and kl_base from the model before training
+)->dict: # As `distance`; on the first rows also head (the logits), kl_first, and kl_base from the model before training
     "How far logits are from the trained model's, and whether they are nearer to the base's"
     head, n = [], len(ref.base or [])
     def noted():
@@ -103,7 +103,7 @@ def distances(
             if len(head)<n: head.append(o)
             yield o
     d = distance(ref.logits, noted())
-    return dict(d, kl_first=distance(ref.logits[:n], head)['kl'], kl_base=distance(ref.base, head)['kl']) if n else d
+    return dict(d, head=head, kl_first=distance(ref.logits[:n], head)['kl'], kl_base=distance(ref.base, head)['kl']) if n else d
 
 def load_trained(run:Run)->Trained:
     "The trained model of a run with its logits"
