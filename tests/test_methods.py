@@ -302,6 +302,12 @@ def test_loftq_starts_nearer_to_the_whole_weights_than_4_bits_are(walk):
 def test_what_does_not_go_together_is_said_before_anything_is_loaded(kw, said):
     with pytest.raises(UserError, match=said.replace('{', r'\{').replace('}', r'\}')): make_recipe(kw)
 
+@pytest.mark.parametrize('args, said', [(dict(rank_dropuot=.1), "Did you mean 'rank_dropout'"), (dict(rank_dropout='much'), 'is not a number')])
+def test_a_wrong_option_of_a_method_is_refused_before_the_model_is_loaded(made, monkeypatch, args, said):
+    import ftnb.train as stage
+    monkeypatch.setattr(stage, 'load_model', lambda *a, **k: pytest.fail('the model was loaded'))
+    with pytest.raises(UserError, match=said): stage.make_trainer(made(peft='loha', peft_args=args))
+
 def test_eva_without_data_says_so(walk):
     with pytest.raises(UserError, match='none is at hand'): make_trainable(copy.deepcopy(walk.base), recipe(walk.tiny, 'lora', init_lora_weights='eva'))
 

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, AutoModelForCausalLM
 from ftnb.arch import Arch
 from ftnb.base import UserError
 from ftnb.export import export
-from ftnb.load import load_model
+from ftnb.load import load_model, unpacked
 from ftnb.methods import methods as table
 from ftnb.plan import plan
 from ftnb.quantised import base_bits, packings, quantised_fault
@@ -26,6 +26,13 @@ pytestmark = pytest.mark.filterwarnings('ignore:bitsandbytes', 'ignore:MatMul8bi
 
 @pytest.fixture(scope='module')
 def wide(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp('quantised')/'wide', hidden_size=64, intermediate_size=128)
+
+@pytest.mark.parametrize('values, shape, stays', [({}, (64, 32), True), (dict(peft='qlora'), (64, 32), True), ({}, (64, 40), False), ({}, (96, 32), False), (dict(use_dora=True), (64, 32), False), (dict(peft='bottleneck'), (64, 32), False), (None, (64, 32), False)])
+def test_the_packed_form_of_4_bit_layers_stays_where_nothing_is_trained_or_read(values, shape, stays):
+    layer = Linear4bit(*shape, bias=False)
+    layer.support_avx512bf16_for_cpu = True # as on a CPU that has it
+    unpacked(torch.nn.Sequential(layer), values if values is None else make_recipe(values))
+    assert layer.support_avx512bf16_for_cpu is stays
 
 def tensors(w, layer):
     "All that a quantised weight is: packed numbers, scales, and the scales of the scales"
