@@ -6,7 +6,7 @@
 __all__ = ['kinds', 'type_ids', 'block', 'left_as_is', 'left_in_glm5', 'may_quantise', 'more_bits', 'category', 'layer_order',
            'choose_types', 'Head', 'Quantised', 'quantised_size', 'quantise']
 
-# %% ../nbs/37d_quantise.ipynb #101216ca
+# %% ../nbs/37d_quantise.ipynb #03a0121e
 import ctypes as C, os, shutil, tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from .base import Table, UserError, disk_error, nearest, size
 from .ggml import check_gguf, default_threads
 from .libllama import GgufParams, library
 
-# %% ../nbs/37d_quantise.ipynb #fe6e1dca
+# %% ../nbs/37d_quantise.ipynb #9d89480d
 kinds = dict(f16=(1, 'F16'), bf16=(32, 'BF16'), q8_0=(7, 'Q8_0'), q6_k=(18, 'Q6_K'), q5_k_m=(17, 'Q5_K'), q4_k_m=(15, 'Q4_K'), q4_0=(2, 'Q4_0')) # number in the file, type of most tensors
 type_ids = dict(F32=0, F16=1, Q4_0=2, Q4_1=3, Q5_0=6, Q5_1=7, Q8_0=8, Q4_K=12, Q5_K=13, Q6_K=14, BF16=30)
 block = {**{t: 256 for t in ('Q4_K', 'Q5_K', 'Q6_K')}, **{t: 32 for t in ('Q4_0', 'Q5_0', 'Q5_1', 'Q8_0')}} # weights that share a scale
@@ -39,7 +39,7 @@ def may_quantise(
     if all(n==1 for n in shape[1:]) or not name.endswith('weight') or name in ('position_embd.weight', 'token_types.weight'): return False
     return not any(o in name for o in left_as_is+(left_in_glm5 if arch=='glm5-next' else ()))
 
-# %% ../nbs/37d_quantise.ipynb #8d104f56
+# %% ../nbs/37d_quantise.ipynb #abef84d0
 def more_bits(
     i:int, # Layer
     n:int, # Layers of the model
@@ -58,7 +58,7 @@ def category(name:str)->str:
 def layer_order(name:str)->tuple:
     "The order in which llama.cpp goes through tensors: by layer, then by name"
     p = name.split('.')
-    return int(p[1]) if p[0]=='blk' and len(p)>2 and p[1].isdigit() else -1, name.encode()
+    return int(p[1]) if p[0]=='blk' and len(p)>2 and p[1].isdigit() else -1, name
 
 def choose_types(
     tensors:dict, # Shape by name
@@ -99,7 +99,7 @@ def choose_types(
         types[name] = t
     return types, fallbacks
 
-# %% ../nbs/37d_quantise.ipynb #0af8ea84
+# %% ../nbs/37d_quantise.ipynb #17a57ebd
 _scalars = {0: 'u1', 1: 'i1', 2: 'u2', 3: 'i2', 4: 'u4', 5: 'i4', 6: 'f4', 7: '?', 10: 'u8', 11: 'i8', 12: 'f8'} # GGUF's types of values
 
 class Head:
@@ -115,7 +115,7 @@ class Head:
             t, ne = L.gguf_get_tensor_type(self.g, i), L.gguf_get_tensor_ne(self.g, i)
             shape = tuple(ne[:4])
             while len(shape)>1 and shape[-1]==1: shape = shape[:-1]
-            self.tensors[L.gguf_get_tensor_name(self.g, i).decode()] = dict(type=known.get(t) or L.ggml_type_name(t).decode(), shape=shape, at=start+L.gguf_get_tensor_offset(self.g, i), bytes=L.gguf_get_tensor_size(self.g, i))
+            self.tensors[L.gguf_get_tensor_name(self.g, i).decode('latin-1')] = dict(type=known.get(t) or L.ggml_type_name(t).decode(), shape=shape, at=start+L.gguf_get_tensor_offset(self.g, i), bytes=L.gguf_get_tensor_size(self.g, i))
 
     def get(self,
         key:str, # `general.architecture`
@@ -125,7 +125,7 @@ class Head:
         L, i = self.L, self.L.gguf_find_key(self.g, key.encode())
         if i<0: return default
         t = L.gguf_get_kv_type(self.g, i)
-        if t==8: return L.gguf_get_val_str(self.g, i).decode()
+        if t==8: return L.gguf_get_val_str(self.g, i).decode(errors='replace')
         kind, data = (L.gguf_get_arr_type(self.g, i), L.gguf_get_arr_data) if t==9 else (t, L.gguf_get_val_data)
         if kind not in _scalars or t==9 and not L.gguf_get_arr_n(self.g, i): return default
         return np.frombuffer(C.string_at(data(self.g, i), np.dtype(_scalars[kind]).itemsize), _scalars[kind])[0].item()
@@ -141,8 +141,8 @@ class Head:
             L.gguf_set_val_u32(new, b'general.quantization_version', 2)
             L.gguf_set_val_u32(new, b'general.file_type', kinds[kind][0])
             names = sorted(self.tensors, key=layer_order)
-            for n in names: L.gguf_add_tensor(new, L.ggml_get_tensor(self.ctx, n.encode()))
-            for n in names: L.gguf_set_tensor_type(new, n.encode(), type_ids[types[n]]) if n in types else None
+            for n in names: L.gguf_add_tensor(new, L.ggml_get_tensor(self.ctx, n.encode('latin-1')))
+            for n in names: L.gguf_set_tensor_type(new, n.encode('latin-1'), type_ids[types[n]]) if n in types else None
             head = C.create_string_buffer(L.gguf_get_meta_size(new))
             L.gguf_get_meta_data(new, head)
             return head.raw, {n: L.gguf_get_tensor_size(new, i) for i,n in enumerate(names)}
@@ -153,7 +153,7 @@ class Head:
         self.L.gguf_free(self.g)
         self.L.ggml_free(self.ctx)
 
-# %% ../nbs/37d_quantise.ipynb #d6278e0e
+# %% ../nbs/37d_quantise.ipynb #c6adef23
 @dataclass(frozen=True)
 class Quantised:
     "A quantised file, and what became of its tensors"
