@@ -49,7 +49,7 @@ def field_widget(name:str, value):
     return W.Text(value=show_value(value), continuous_update=True, **kw)
 
 # %% ../nbs/51_form.ipynb #43f902a2
-first = ('model_name_or_path', 'dataset', 'method', 'peft', 'lora_r', 'lora_alpha', 'lora_target_modules', 'load_in_8bit', 'max_length', 'packing', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'num_train_epochs', 'max_steps', 'activation_checkpointing', 'optim')
+first = ('model_name_or_path', 'dataset', 'method', 'peft', 'lora_r', 'lora_alpha', 'lora_target_modules', 'bottleneck_size', 'num_virtual_tokens', 'load_in_8bit', 'max_length', 'packing', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'num_train_epochs', 'max_steps', 'activation_checkpointing', 'optim')
 presets = {'as it is': {}, 'LoRA': dict(peft='lora', load_in_4bit=False, load_in_8bit=False, learning_rate=None), 'QLoRA for a small GPU': dict(peft='qlora', load_in_8bit=False, learning_rate=None, per_device_train_batch_size=1, gradient_accumulation_steps=8, activation_checkpointing=True, optim='paged_adamw_8bit'),
     'full fine-tuning': dict(peft='full', load_in_4bit=False, load_in_8bit=False, learning_rate=None, export_formats=['merged']), 'a quick try of 20 steps': dict(max_steps=20, max_eval_samples=20, eval_strategy='no')}
 

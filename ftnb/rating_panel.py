@@ -192,13 +192,13 @@ def preferred(self:RatingPanel):
 @patch
 def _html(self:RatingPanel, said='', kind='help')->dict:
     n, p = len(self.pairs), self.pair
-    at = f'Pair {len(self.done)+1} of {n}' if self.left else f'Once more: {len(self.skipped)} skipped' if p else f'All {n} pairs are rated' if n else 'No pairs'
+    at = f'Pair {len(self.done)+1} of {n}' if self.left else f'Once more: {len(self.skipped)} that {"was" if len(self.skipped)==1 else "were"} skipped' if p else f'All {n} pairs are rated' if n else 'No pairs'
     bar = f' <progress max="{n}" value="{len(self.done)}" aria-label="{len(self.done)} of {n} rated"></progress>' if n else ''
     skipped = sum(r['choice']=='skip' for r in self.done.values())
     told = ''.join([note(said, kind), *(note(t, k) for k,t in self.notes)])
     files = f'<h4>Files</h4>{self.saved.table._repr_html_()}'+''.join(f'<div><code>method: {m}</code> with <code>dataset: {esc(f)}</code></div>' for m,f in self.files.items()) if self.files else ''
     score = t._repr_html_() if (t := self.preferred()) else ''
-    return dict(progress=f'{_style}<div role="status" aria-live="polite"><span class="ftnb-big">{at}</span>{f" · {skipped} skipped" if skipped else ""}{bar}{told}</div>', pair=pair_html(p) if p else '', result=score+files)
+    return dict(progress=f'{_style}<div role="status" aria-live="polite"><span class="ftnb-big">{at}</span>{f" · {skipped} skipped" if skipped and (self.left or not p) else ""}{bar}{told}</div>', pair=pair_html(p) if p else '', result=score+files)
 
 @patch
 def _show(self:RatingPanel, said='', kind='help'):
@@ -218,7 +218,7 @@ def static_html(self:RatingPanel)->str:
 def text(self:RatingPanel)->str:
     "What the panel shows, for a terminal"
     p = self.pair
-    parts = [f'pair {len(self.done)+1} of {len(self.pairs)}' if self.left else f'once more: {len(self.skipped)} skipped' if p else f'all {len(self.pairs)} pairs are rated' if self.pairs else 'no pairs', *(t for _,t in self.notes)]
+    parts = [f'pair {len(self.done)+1} of {len(self.pairs)}' if self.left else f'once more: {len(self.skipped)} that {"was" if len(self.skipped)==1 else "were"} skipped' if p else f'all {len(self.pairs)} pairs are rated' if self.pairs else 'no pairs', *(t for _,t in self.notes)]
     if p: parts += [f'question: {_cut(plain(p["prompt"]), 300)}', *(f'{s.upper()}: {_cut(plain(p[s]), 300)}' for s in 'ab')]
     if (t := self.preferred()): parts.append(repr(t))
     if self.files: parts += [repr(self.saved), *map(str, self.files.values())]

@@ -29,7 +29,7 @@ class RecipePanel(Panel):
         wide = W.Layout(width='100%', max_width='700px')
         self.out = W.HTML()
         self.kind = W.ToggleButtons(options=['YAML', 'Python'], value='YAML', tooltips=['As a recipe file', 'As code to paste into a cell'])
-        self.box = W.Textarea(description='as text', layout=W.Layout(width='calc(100% - 6px)', max_width='900px', height='180px'), continuous_update=False)
+        self.box = W.Textarea(description='as text', rows=9, layout=W.Layout(width='calc(100% - 6px)', max_width='900px'), continuous_update=False)
         self.path = W.Text(value='my.yaml', description='file', layout=wide)
         self.said = W.HTML()
         self.kind.observe(lambda _: self._text(), names='value')
@@ -38,7 +38,9 @@ class RecipePanel(Panel):
         self.methods.set_title(0, 'What each method would train of this model')
         self.methods.observe(lambda _: self._compare(), names='selected_index')
         self.form.observe(lambda _: self._text(), names='value')
-        super().__init__([W.HTML('<h4>Recipe</h4>'), self.form.widget, self.trains, self.methods, W.HTML('<h4>Take it along</h4>'), self.kind, self.box, row(self.buttons['take']), self.path, row(self.buttons['save'], self.buttons['load']), self.said])
+        self.form.infos['peft'].layout.flex = None
+        self.form.rows['peft'].children = self.form.kids['peft'], W.VBox([self.form.infos['peft'], self.trains], layout=W.Layout(flex='1 1 260px', min_width='200px')) # beside what it depends on
+        super().__init__([W.HTML('<h4>Recipe</h4>'), self.form.widget, self.methods, W.HTML('<h4>Take it along</h4>'), self.kind, self.box, row(self.buttons['take']), self.path, row(self.buttons['save'], self.buttons['load']), self.said])
         self._text()
 
     @property

@@ -50,7 +50,7 @@ def test_a_new_panel_goes_on_and_ends_with_the_files(lab, show, tmp_path):
     panel.get_by_label('key', exact=True).focus()
     page.wait_for_timeout(300)
     page.keyboard.press('2')
-    expect(panel.get_by_text('Once more: 1 skipped')).to_be_visible()
+    expect(panel.get_by_text('Once more: 1 that was skipped')).to_be_visible()
     page.wait_for_timeout(300)
     page.keyboard.press('s')
     expect(panel.get_by_text('All 4 pairs are rated')).to_be_visible()

@@ -119,7 +119,7 @@ def test_what_was_skipped_is_asked_once_more_at_the_end_and_again_next_time(tmp_
     f = tmp_path/'c.jsonl'
     p = rating_panel(rows(3), f)
     for c in ('skip', 'a', 'skip'): p.choose(c)
-    assert p.pair==p.pairs[0] and 'Once more: 2 skipped' in p.static_html() and [x.name for x in p.files.values()]==['c_dpo.jsonl', 'c_kto.jsonl'] and p.preferred() is None
+    assert p.pair==p.pairs[0] and 'Once more: 2 that were skipped' in p.static_html() and [x.name for x in p.files.values()]==['c_dpo.jsonl', 'c_kto.jsonl'] and p.preferred() is None
     p.choose('skip') # still undecided: the other one
     assert p.pair==p.pairs[2]
     p.choose('b')
