@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['llama_cpp', 'architectures', 'GgufReady', 'llama_cpp_folder', 'read_converter', 'converter_knows', 'pre_tokenizer',
-           'gguf_ready']
+           'gguf_ready', 'tokenizer_at_hand', 'gguf_asked', 'gguf_plan', 'refuse_gguf']
 
 # %% ../nbs/18e_gguf_ready.ipynb #0c149e92
 import ast, hashlib, json, os, re
@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from .arch import Arch
 from .base import UserError, ftnb_home, nearest, shipped
+from .models import known_models, model_path
 from .quantised import packing_of, packings
+from .rules import gguf_kinds
 
 # %% ../nbs/18e_gguf_ready.ipynb #2619a49f
 class GgufReady(NamedTuple):
@@ -116,3 +118,43 @@ def gguf_ready(
     settings = dict(num_kv_heads=1) if t=='falcon' and arch.kv_heads==1 and config.get('num_kv_heads', 1)!=1 else {}
     odd = sorted({m.shape[-1] for m in arch.modules() if len(m.shape)>1 and m.shape[-1]%256})
     return GgufReady(True, name, '', settings, (f'rows of {", ".join(map(str, odd))} are no multiple of 256, so K-quants fall back to wider types there',) if odd else (), ('tokenizer.model',) if t in _sentencepiece else ())
+
+# %% ../nbs/18e_gguf_ready.ipynb #a934ff12
+def tokenizer_at_hand(
+    r, # A `Recipe`
+)->Path: # None: it is not on this machine
+    "The tokenizer.json of a recipe's model, if it is here already"
+    where = model_path(r.model_name_or_path, convert=False)
+    if Path(where).is_dir(): f = Path(where)/'tokenizer.json'
+    elif r.model_name_or_path in known_models: return None
+    else:
+        try: from huggingface_hub import try_to_load_from_cache
+        except ImportError: return None
+        f = try_to_load_from_cache(where, 'tokenizer.json', revision=r.model_revision)
+    return Path(f) if f and isinstance(f, (str, Path)) and Path(f).is_file() else None
+
+def gguf_asked(
+    r, # A `Recipe`
+)->list:
+    "The GGUF formats that a recipe exports"
+    return [k for k in r.export_formats if k in (*gguf_kinds, 'gguf-lora')]
+
+def gguf_plan(
+    r, # A `Recipe`
+    config:dict, # Its model's config.json
+)->dict: # formats, ok, why, notes; empty if no GGUF file is asked for
+    "What stage 2 says of the GGUF files of a run"
+    asked = gguf_asked(r)
+    if not asked: return {}
+    try: g = gguf_ready(config, tokenizer_at_hand(r), r.llama_cpp_path)
+    except UserError as e: g = GgufReady(False, '', str(e).rstrip('.'), {})
+    notes = [f'GGUF: {n}' for n in g.notes if 'K-quants' not in n or any('_k' in k for k in asked)] if g.ok else [f'no GGUF file: {g.why}']
+    return dict(formats=asked, ok=g.ok, arch=g.arch, why=g.why, notes=notes)
+
+def refuse_gguf(
+    r, # A `Recipe`
+    g:dict, # As `gguf_plan` gives it
+):
+    "Raise a `UserError` if a recipe's GGUF files can't be made"
+    if not g or g['ok']: return
+    raise UserError(f'export_formats: {", ".join(g["formats"])} can not be made of {r.model_name_or_path}: {g["why"]}. Leave {"it" if len(g["formats"])==1 else "them"} out of export_formats, or set llama_cpp_path to a checkout of llama.cpp that can.')

@@ -17,6 +17,7 @@ from .fields import Recipe
 from .fit import Change, changes, context, fits, kept, largest, memory_of
 from .flops import eval_steps, run_time
 from .forecast import forecast
+from .gguf_ready import gguf_plan, refuse_gguf
 from .lengths import Batches, batches, different, with_lengths
 from .method_rules import learning_rate
 from .machine import cpu_bf16, this_machine
@@ -83,8 +84,7 @@ class Plan:
     @property
     def owners(self)->Table:
         "Who holds the memory at the peak"
-        m = self.report.get('memory')
-        if not m: return Table([])
+        if not (m := self.report.get('memory')): return Table([])
         return Table([dict(owner=o, memory=gib(b), share=f'{100*b/m["peak"]:.0f} %', bar='█'*round(24*b/m['peak'])) for o in owners if (b := m['by_owner'].get(o))], title=f'Memory at the peak: {gib(m["peak"])} ({m["phase"]})')
     @property
     def ram(self)->Table: return Resident(self.report['resident']).table if self.report.get('resident') else Table([])
@@ -187,10 +187,11 @@ def plan(
     run, r = (r, r.recipe) if isinstance(r, Run) else (None, r)
     d = device(gpu) if gpu is not None else this_machine(r.use_cpu)
     data = data_of(r, run and run.report('prepare'), rows)
-    sched, notes, s, mem, f, every, closed = _schedule(r, data.rows), [], None, None, None, None, forecast
+    sched, notes, s, mem, f, every, closed, gguf = _schedule(r, data.rows), [], None, None, None, None, forecast, {}
     if not data.known: notes.append(f'every row is taken to have {r.max_length:,} tokens; stage 1 counts them: ftnb run --to prepare')
     try:
         config = find(r.model_name_or_path, r.model_revision)
+        notes += (gguf := gguf_plan(r, config)).get('notes', [])
         arch = Arch.read(config)
         s = step_of(r, config, d.kind, cpu_bf16() if d.kind=='cpu' else d.half=='bfloat16', data.longest, data.trained_share)
         s, said = as_loaded(s, config, r)
@@ -213,7 +214,7 @@ def plan(
     disk, verdict = every.disk if every else 0, mem['verdict'] if mem else 'unknown'
     rep = dict(model=r.model_name_or_path, params_total=n, params_trained=nt, device=d.name, device_kind=d.kind, device_bytes=memory_of(d), dtype=s and s.dtype, batch=s.batch if s else r.per_device_train_batch_size, longest=s.length if s else data.longest,
         memory=mem, stages=every.rows if every else [], resident=every and every.resident and every.resident.parts, bytes=f.by_owner if f else {}, steps=sched.total if counted else 0, warmup=sched.warmup if counted else 0, tokens=tokens, rows=data.rows, disk=disk, verdict=verdict, notes=list(dict.fromkeys([*notes, *more])),
-        seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve(200)])
+        gguf=gguf, seconds=t and [t.low, t.seconds, t.high], time=t and repr(t), price=cost and repr(cost), learning_rate=[list(p) for p in sched.curve(200)])
     p = Plan(rep, s, d, closed, r)
     if search: p.search()
     rep['line'] = _line(rep)
@@ -221,8 +222,7 @@ def plan(
 
 def _line(r)->str:
     "One line: memory against the device, verdict, time, price"
-    m = r['memory']
-    return ' · '.join(filter(None, [m and f'{gib(m["need"][1])} of {gib(r["device_bytes"])} on {r["device"]}', r['steps'] and f'{r["steps"]:,} steps', r['tokens'] and f'{r["tokens"]:,} tokens', r['time'] and f'about {r["time"]}', r['price'], r['disk'] and f'{size(r["disk"])} of disk', r['verdict']]))
+    return ' · '.join(filter(None, [(m := r['memory']) and f'{gib(m["need"][1])} of {gib(r["device_bytes"])} on {r["device"]}', r['steps'] and f'{r["steps"]:,} steps', r['tokens'] and f'{r["tokens"]:,} tokens', r['time'] and f'about {r["time"]}', r['price'], r['disk'] and f'{size(r["disk"])} of disk', r['verdict']]))
 
 # %% ../nbs/19c_plan.ipynb #87b01df4
 def plan_run(
@@ -237,8 +237,8 @@ def plan_run(
         ways = p.ways.rows
         raise UserError(f'{r["model"]} with peft: {run.recipe.peft} needs {_band(r["memory"]["need"])}, and {r["device"]} has {gib(r["device_bytes"])}; '
             + (f'it would fit with {ways[0]["change"]} ({ways[0]["slower"]}); ftnb plan lists {len(ways)} ways.' if ways else 'no setting makes it fit: take a smaller model, or a device with more memory.'))
-    free = shutil.disk_usage(run.folder).free
-    if r['disk']>free: raise UserError(f'The run needs {size(r["disk"])} of disk and {run.folder} has {size(free)} free; set output_dir to another disk, or a smaller save_total_limit.')
+    refuse_gguf(run.recipe, r['gguf'])
+    if r['disk']>(free := shutil.disk_usage(run.folder).free): raise UserError(f'The run needs {size(r["disk"])} of disk and {run.folder} has {size(free)} free; set output_dir to another disk, or a smaller save_total_limit.')
     return p
 
 def plot_schedule(report:dict, path=None):

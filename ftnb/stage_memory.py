@@ -89,7 +89,7 @@ def with_ram(
     return f
 
 # %% ../nbs/16f_phases.ipynb #b98ea759
-gguf_bits = dict(f16=16, q8_0=8.5, q6_k=6.57, q5_k_m=5.7, q4_k_m=4.89)
+gguf_bits = dict(f16=16, bf16=16, q8_0=8.5, q6_k=6.57, q5_k_m=5.7, q4_k_m=4.89, q4_0=4.65)
 
 def stages_table(rows:list)->Table:
     "The stages side by side, from the rows of `StageMemory`"
@@ -106,7 +106,7 @@ class StageMemory:
     @property
     def table(self)->Table: return stages_table(self.rows)
     @property
-    def disk(self)->int: return sum(r['disk'] for r in self.rows if r['stage'] in ('train', 'merge')) # the weights of the base lie in the hub's cache
+    def disk(self)->int: return sum(r['disk'] for r in self.rows if r['stage'] in ('train', 'merge') or r.get('asked')) # the weights of the base lie in the hub's cache
     def __getitem__(self, stage:str)->dict: return next(r for r in self.rows if r['stage']==stage)
     def __repr__(self): return repr(self.table)
     def _repr_html_(self): return self.table._repr_html_()
@@ -151,10 +151,12 @@ def stage_memory(
     own = f.by_owner.get('trained weights', 0)
     shipped = arch.params*itemsize.get(r.merge_dtype, 2) if 'merged' in r.export_formats else 0
     resident = None if cuda else resident or ram_of(s, (n, row) if r.eval_strategy!='no' else None, lengths, f)
+    asked = [k for k in r.export_formats if k in gguf_bits]
+    files = asked if {'f16', 'bf16'}&set(asked) else ['f16', *asked] if asked else ['f16', 'q4_k_m'] # the others are quantised from 16 bits
     def at(stage, tensors, disk, what, ram=None): return dict(stage=stage, gpu=tensors if cuda else 0, ram=libraries+(0 if cuda else tensors) if ram is None else ram, disk=disk, what=what)
     rows = [at('load', base+(2*largest if s.bits<16 else 0), file_bytes(s.config, arch), f'{arch.params:,} weights'+(f' in {s.bits} bits' if s.bits<16 else f' in {s.dtype}')),
         at('train', f.peak, keep*one+own, f'peak in: {f.phase}; {keep} checkpoints', resident and resident.likely),
         at('evaluate', max(ask.peak, loss.peak)+second, 0, f'{n} answers of {new:,} tokens at a time'+('; two models' if full else '')),
         dict(stage='merge', gpu=whole if here else 0, ram=libraries+logits+(0 if here else whole), disk=own+shipped, what='in float32'+(', in RAM: the GPU has not the room' if cuda and not here else '')),
-        dict(stage='convert', gpu=0, ram=libraries+4*largest, disk=round(arch.params*(gguf_bits['f16']+gguf_bits['q4_k_m'])/8), what='GGUF in 16 bits, then q4_k_m')]
+        dict(stage='convert', gpu=0, ram=libraries+4*largest, disk=round(arch.params*sum(gguf_bits[k] for k in files)/8), what=f'GGUF: {", ".join(files)}', asked=bool(asked))]
     return StageMemory(rows, f, resident)
