@@ -167,9 +167,11 @@ class Quantised:
     def __repr__(self): return f'{self.path.name}: {self.kind}, {size(self.bytes)} of {size(self.source_bytes)}, '+', '.join(f'{n} {t}' for t,n in self.types.items())+(f', {len(self.fallbacks)} of them not as {self.kind} has it' if self.fallbacks else '')
     def _repr_html_(self): return Table([dict(type=t, tensors=n) for t,n in self.types.items()], title=repr(self).split(', ')[0])._repr_html_()
 
-def _numbers(raw, kind): # float32
-    if kind=='BF16': return (raw.view(np.uint16).astype(np.uint32)<<16).view(np.float32)
-    return raw.view(dict(F32=np.float32, F16=np.float16)[kind]).astype(np.float32, copy=False)
+def _numbers(raw, kind, name): # float32
+    if kind=='BF16': x = (raw.view(np.uint16).astype(np.uint32)<<16).view(np.float32)
+    else: x = raw.view(dict(F32=np.float32, F16=np.float16)[kind]).astype(np.float32, copy=False)
+    if np.isfinite(x).all(): return np.ascontiguousarray(x)
+    raise UserError(f'Tensor {name} holds values that are not finite: training or the merge broke it. Look at the loss of the run, and merge in float32.')
 
 def _convert(L, pool, raw, t, to, name): # bytes of one tensor in another type
     width, kind = t['shape'][0], type_ids[to]
@@ -177,8 +179,7 @@ def _convert(L, pool, raw, t, to, name): # bytes of one tensor in another type
     out, step, src = np.empty(rows*per, np.uint8), max(1, 2**20//width), len(raw)//rows
     def piece(i):
         n = min(step, rows-i)
-        x, into = np.ascontiguousarray(_numbers(raw[i*src:(i+n)*src], t['type'])), out[i*per:]
-        if not np.isfinite(x).all(): raise UserError(f'Tensor {name} holds values that are not finite: training or the merge broke it. Look at the loss of the run, and merge in float32.')
+        x, into = _numbers(raw[i*src:(i+n)*src], t['type'], name), out[i*per:]
         L.ggml_quantize_chunk(kind, x.ctypes.data, into.ctypes.data, 0, n, width, None)
         if not L.ggml_validate_row_data(kind, into.ctypes.data, n*per): raise UserError(f'Tensor {name} holds values that do not fit in {to} (largest {np.abs(x).max():.3g}); take bf16 or a quantised format that does not keep it in {to}.')
     list(pool.map(piece, range(0, rows, step)))
@@ -231,7 +232,7 @@ def quantise(
                     t = h.tensors[n]
                     raw = data[t['at']:t['at']+t['bytes']]
                     if n in types: raw = _convert(h.L, pool, raw, t, types[n], n)
-                    elif t['type'] in type_ids and not h.L.ggml_validate_row_data(type_ids[t['type']], raw.ctypes.data, b): raise UserError(f'Tensor {n} of {src} holds values that are not finite: training or the merge broke it. Look at the loss of the run, and merge in float32.')
+                    elif t['type'] in ('F32', 'F16', 'BF16'): _numbers(raw, t['type'], n)
                     f.write(raw)
                     f.write(bytes(-b%32))
             os.chmod(tmp, 0o644)
