@@ -29,6 +29,7 @@ class Job:
     max_model_len:int=None # Tokens of prompt and answer together
     n_threads:int=None # Threads of llama.cpp; None: one for each core
     n_parallel:int=4 # Requests that llama.cpp answers at once
+    n_batch:int=None # Tokens of prompts that llama.cpp reads at once; None: its own number
     dtype:str='auto' # Type to compute in
     tensor_parallel_size:int=1 # GPUs that share a model
     max_lora_rank:int=16 # Largest rank of the adapters
@@ -54,6 +55,7 @@ def llama_params(
     p.hostnames, p.port, p.api_keys, p.ui = ['127.0.0.1'], port, [key] if key else [], False
     p.n_parallel, p.n_ctx, p.endpoint_metrics, p.endpoint_props = j.n_parallel, (j.max_model_len or 0)*j.n_parallel, True, True
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = j.n_threads or len(psutil.Process().cpu_affinity() if hasattr(psutil.Process, 'cpu_affinity') else range(os.cpu_count()))
+    if j.n_batch: p.n_batch = p.n_ubatch = j.n_batch
     if j.use_cpu: p.n_gpu_layers = 0
     if j.adapters:
         infos = []
