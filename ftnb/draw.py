@@ -64,12 +64,14 @@ def svg_points(
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     left, top, right, bottom, at = 62, 22, width-14, height-34, []
     def px(v): return left+14+(right-left-160)*(v-x0)/((x1-x0) or 1)
-    def py(v): return bottom-6-(bottom-top-12)*(v-y0)/((y1-y0) or 1)
+    def py(v): return bottom-6-(bottom-top-12)*((v-y0)/(y1-y0) if y1>y0 else .5)
+    dots = [(px(v[0]), py(v[1])) for v in points.values()]
+    def taken(x, t, n): return any(abs(t-v)<12 and abs(x-u)<150 for u,v in at) or any(x+4<u<x+16+7*n and abs(t-4-v)<9 for u,v in dots)
     out = [_text(left, 13, y, size=11), _text(right, height-4, x, 'end', size=11), f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity=".35"/>']
     out += [_text(left-4, py(v)+4, show_y(v), 'end', size=11) for v in dict.fromkeys((y0, y1))]+[_text(px(v), bottom+14, show_x(v), 'middle', size=11) for v in dict.fromkeys((x0, x1))]
     for i,(k,(a,b,low,high)) in enumerate(sorted(points.items(), key=lambda o: -o[1][1])):
         c, t = palette[i%len(palette)], py(b)+4
-        while any(abs(t-v)<12 and abs(px(a)-u)<150 for u,v in at): t += 12
+        while taken(px(a), t, len(k)): t += 12
         at.append((px(a), t))
         if low is not None and high is not None: out.append(f'<path d="M{px(a):.1f} {py(low):.1f}V{py(high):.1f}" stroke="{c}" stroke-width="1.5" stroke-opacity=".6"/>')
         out += [f'<circle cx="{px(a):.1f}" cy="{py(b):.1f}" r="5" fill="{c if k==best else "none"}" stroke="{c}" stroke-width="2"/>', _text(px(a)+9, t, k+' (best)'*(k==best), fill=c)]

@@ -94,6 +94,7 @@ def best_of(
     level = 1-.05/(len(ks)-1)
     for k in ks[1:]:
         ok, why = _against(scores[ks[0]], scores[k], metric, level)
+        if scores[k]['score']==scores[ks[0]]['score']: return None, f'No run is clearly the best: {ks[0]} and {k} have the same score.'
         if not ok: return None, f'No run is clearly the best: {ks[0]} is in front, but against {k} {why}.'
     return ks[0], f'{ks[0]} is the best: better than each of the other {len(ks)-1}, by intervals that hold together at 95 %.' if len(ks)>2 else f'{ks[0]} is better than {ks[1]}: {why}.'
 
