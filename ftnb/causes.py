@@ -111,7 +111,7 @@ def _names(row, ref):
 
 def _zero(row, ref):
     if ref.zero: return 'the trained adapter holds no update: training changed nothing'
-    if 'kl_base' in row and row['kl_base']<row['kl_first']: return f'the file answers as the base before training (KL to the base {row["kl_base"]:.1g}, to the trained model {row["kl_first"]:.1g}): the adapter in it is zero, or is not in it'
+    if 'kl_base' in row and row['kl_base']<row['kl_first']/3: return f'the file answers as the base before training (KL to the base {row["kl_base"]:.1g}, to the trained model {row["kl_first"]:.1g}): the adapter in it is zero, or is not in it'
 
 def _precision(row, ref):
     if not row['numbers']: return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_card', 'describe', 'finish_adapter', 'base_dtype', 'generation_config', 'untie', 'replaced', 'merge',
-           'save_merged', 'quantised_kl', 'export', 'export_line', 'export_table']
+           'save_merged', 'quantised_kl', 'release', 'export', 'export_line', 'export_table']
 
 # %% ../nbs/38_export.ipynb #f2ca642a
 import gc, os, shutil, tempfile
@@ -17,13 +17,17 @@ from transformers import GenerationConfig
 
 from .base import Table, UserError, disk_error, read_json, write_atomic, write_json
 from .card import anonymous, base_id, base_label, card
+from .causes import on_four_bit
+from .certificate import certificate_line, certificate_table, certify
 from .fields import Recipe
 from .generate import stop_ids
-from .load import fit_vocabulary, load_model, quantisation
+from .load import quantisation
 from .models import read_config
 from .rounding import choose_dtype
+from .rules import export_kinds
 from .runs import Run
-from .verify import Trained, compare_folders, distance, load_trained, logits_of, max_logits, settle, trained_folder
+from .sameness import ask_trained
+from .trained import Trained, distance, load_trained, logits_of, max_logits, trained_folder
 
 # %% ../nbs/38_export.ipynb #d3c392e8
 _lines = dict(adapter='''{known}from peft import PeftModel
@@ -130,55 +134,52 @@ def save_merged(
 # %% ../nbs/38_export.ipynb #a65cd72c
 def quantised_kl(run:Run, ref:Trained)->dict:
     "How far the trained model on its quantised base is from the same on whole weights; empty for a base that was not quantised"
-    r = run.recipe
-    if quantisation(r) is None: return {}
-    model = PeftModel.from_pretrained(fit_vocabulary(load_model(r), ref.tok), str(trained_folder(run)))
-    d = distance(logits_of(model, ref.rows), ref.logits)
+    if quantisation(run.recipe) is None: return {}
+    d = distance(on_four_bit(run, ref, ref.rows), ref.logits)
     return dict(quantised_kl=d['kl'], quantised_top1=d['top1'])
+
+def release(ref:Trained):
+    "Give the trained model's memory back; its logits and answers stay"
+    ref.model = None
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def export(
     run:Run, # With a trained adapter or model
 )->dict: # As saved in `reports/export.json`
-    "Write what `export_formats` names and check it in a fresh process; a `UserError` with the figure if it answers differently"
+    "Write what `export_formats` names and certify it; a `UserError` with the figures and the likely cause if a file answers differently"
     r = run.recipe
-    kinds = [k for k in ('adapter', 'merged') if k in r.export_formats and not (k=='adapter' and r.peft=='full')]
+    kinds = [k for k in export_kinds if k in r.export_formats and not (k in ('adapter', 'gguf-lora') and r.peft=='full')]
     if not kinds: raise UserError(f'export_formats: {r.export_formats} leaves nothing to export with peft: {r.peft}; set merged.')
-    ref, folders, merged = load_trained(run), {}, None
+    ref, files, extra = ask_trained(run, load_trained(run)), {}, {}
     for k in kinds:
         try:
-            if k=='adapter': folders[k] = finish_adapter(run, ref.tok)
-            else:
-                merged = merge(ref)
+            if k=='adapter': files[k] = finish_adapter(run, ref.tok)
+            elif k=='merged':
+                moved = merge(ref)
                 dtype, refused = choose_dtype(ref, base_dtype(r)) if r.merge_dtype=='auto' else (getattr(torch, r.merge_dtype), [])
-                folders[k] = save_merged(run, ref, dtype)
+                files[k] = save_merged(run, ref, dtype)
+                extra[k] = dict(logits=moved, dtype=str(dtype).removeprefix('torch.'), refused=refused)
+                if moved is not None and not moved<=max_logits: extra[k]['faults'] = [f'merging in float32 moved the logits by {moved:.2g} of the largest, allowed are {max_logits:g}']
         except Exception as e: raise disk_error(e, run.path(k)) or e
-    ref.model = None
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    rows = compare_folders(run, folders, ref)
-    for row in rows:
-        if row['format']!='merged': continue
-        row['logits'] = merged
-        if merged is not None and not merged<=max_logits: row['faults'].append(f'merging in float32 moved the logits by {merged:.2g} of the largest, allowed are {max_logits:g}')
-        row.update(dtype=str(dtype).removeprefix('torch.'), refused=refused)
-    rep = dict(ok=False, formats=settle(rows, ref), effect=ref.effect, untrained=ref.zero, rows=len(ref.rows), tokens=sum(map(len, ref.rows)), held_against=trained_folder(run).name, **quantised_kl(run, ref))
-    rep['ok'] = all(o['verdict']=='ok' for o in rows)
+    release(ref)
+    c = certify(run, files, ref, extra)
+    rep = dict(ok=c['ok'], formats=c['formats'], trained=c['trained'], measure=c['measure'], questions=c['questions'], effect=ref.effect, untrained=ref.zero, rows=c['rows'], tokens=c['tokens'], held_against=trained_folder(run).name, **quantised_kl(run, ref))
     rep['line'] = export_line(rep)
     run.save_report('export', rep)
-    bad = [f'{o["format"]}: {"; ".join(o["faults"])}' for o in rows if o['faults']]
-    if bad: raise UserError(f'The export of {run.name} does not answer as the trained model: {" · ".join(bad)}. The report is in {run.name}/reports/export.json; train again, or export again if files were changed{", or leave merge_dtype at auto, which takes a type that keeps the answers" if r.merge_dtype!="auto" else ""}.')
+    bad = [f'{o["format"]}: '+'; '.join([*o['faults'], *([f'likely cause: {o["cause"]} ({o["because"]})'] if o['cause'] else [])]) for o in rep['formats'] if o['verdict']!='ok']
+    if bad: raise UserError(f'The export of {run.name} does not answer as the trained model: {" · ".join(bad)}. The certificate is {run.name}/reports/certificate.html; train again, or export again if files were changed{", or leave merge_dtype at auto, which takes a type that keeps the answers" if r.merge_dtype!="auto" else ""}.')
     return rep
 
 # %% ../nbs/38_export.ipynb #6da5db9f
 def export_line(rep:dict)->str:
-    "One line: what was written, how near it is to the trained model"
-    def one(o): return f'{o["format"]} {o["size"]} {o["verdict"]}' + (f' (KL {o["kl"]:.1g}, top-1 {100*o["top1"]:.1f} %)' if o['format']=='merged' else f' (logits within {o["logits"]:.1g})')
+    "One line: what was written, and what the certificate says of it"
     note = ''.join(f' · {o["dtype"]}, because {" and ".join(o["refused"])}' for o in rep['formats'] if o.get('refused'))
     q = f' · 4-bit base against it: KL {rep["quantised_kl"]:.2g}' if 'quantised_kl' in rep else ''
-    return ' · '.join(map(one, rep['formats']))+note+q+(' · the adapter holds no update' if rep['untrained'] else '')
+    return ' · '.join(f'{o["format"]} {o["size"]}' for o in rep['formats'])+note+q+' · '+certificate_line(rep)
 
 def export_table(rep:dict)->Table:
-    "The exported folders with their distances and verdicts"
-    num = lambda x: None if x is None else f'{x:.1e}'
-    return Table([{'format': o['format'], 'folder': f'{o["folder"]}/ ({o["files"]} files)', 'size': o['size'], 'logits difference': num(o['logits']), 'KL': num(o['kl']), 'same top-1': f'{100*o["top1"]:.1f} %',
-        'verdict': o['verdict']+(f': {"; ".join(o["faults"])}' if o['faults'] else '')} for o in rep['formats']], title=rep['line'])
+    "The certificate of what was exported"
+    t = certificate_table(rep)
+    t.title = rep['line']
+    return t

@@ -14,7 +14,7 @@ from ftnb.train import train
 from ftnb.trained import load_trained
 from ftnb.verify import compare_folders
 
-SMALL = dict(dataset='demo', max_train_samples=8, max_steps=2, lora_r=4, eval_strategy='no', use_cpu=True)
+SMALL = dict(dataset='demo', max_train_samples=8, max_steps=2, lora_r=4, eval_strategy='no', use_cpu=True, max_certify_samples=2, max_new_tokens=8)
 
 def trained(folder, **kw):
     run = Run(folder, make_recipe({**SMALL, **kw})).save()
