@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'refusal', 'too_long', 'or_gone', 'refused_by_engine', 'Gateway']
 
-# %% ../nbs/38b_gateway.ipynb #2a25c50f
+# %% ../nbs/38b_gateway.ipynb #3d6a8a61
 import asyncio, hmac, json, time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from starlette.routing import Route
 from .base import nearest
 from .meter import Meter, Turn
 
-# %% ../nbs/38b_gateway.ipynb #f0cc51e8
+# %% ../nbs/38b_gateway.ipynb #0d9fa81e
 @dataclass(frozen=True)
 class Model:
     "A name that the gateway answers to, and how its engine is asked"
@@ -37,7 +37,7 @@ class Model:
     context:int=None # Tokens of prompt and answer together
     count:Callable=None # Tokens of a request's prompt, where the engine itself doesn't look
 
-# %% ../nbs/38b_gateway.ipynb #8a3e723c
+# %% ../nbs/38b_gateway.ipynb #adcadf96
 def refusal(
     status:int, # HTTP status
     text:str, # The sentence
@@ -58,7 +58,7 @@ def too_long(
     return refusal(400, f'The prompt {has}, and {name} takes {context} for prompt and answer together; shorten it, or serve with a larger max_model_len.' if n else
         f'The prompt does not fit into the {context or "few"} tokens that {name} takes for prompt and answer together; shorten it, or serve with a larger max_model_len.', 'context_length_exceeded', 'messages')
 
-# %% ../nbs/38b_gateway.ipynb #7abb4bec
+# %% ../nbs/38b_gateway.ipynb #d25ee852
 async def or_gone(
     request:Request,
     work, # What to wait for
@@ -84,8 +84,7 @@ class _Stream(StreamingResponse):
         try:
             async for part in self.up.aiter_bytes():
                 *done, rest = (rest+part).replace(b'\r\n', b'\n').split(b'\n\n')
-                for e in done:
-                    if (out := t.event(e)): yield out
+                if (out := b''.join(map(t.event, done))): yield out
             if rest.strip(): yield t.event(rest)
             if not t.error: t.status = 200
         except httpx.HTTPError:
@@ -102,7 +101,7 @@ class _Stream(StreamingResponse):
 
 def _no_engine(name): return refusal(502, f'The engine of {name} stopped answering; look at its log in the folder of the run.', 'engine')
 
-# %% ../nbs/38b_gateway.ipynb #21febf33
+# %% ../nbs/38b_gateway.ipynb #c6aaf576
 def refused_by_engine(
     status:int, raw:bytes, # What it answered
     name:str, # The model's public name
@@ -117,7 +116,7 @@ def refused_by_engine(
     if e.get('type')=='exceed_context_size_error' or 'maximum context length' in text or 'maximum model length' in text: return too_long(name, e.get('n_ctx') or context, e.get('n_prompt_tokens'))
     return refusal(status, text, e['code'] if isinstance(e.get('code'), str) else None, e.get('param'))
 
-# %% ../nbs/38b_gateway.ipynb #997c7fd1
+# %% ../nbs/38b_gateway.ipynb #770149f0
 class Gateway:
     "The front as an ASGI application: `Gateway({'demo': Model(...)}).app`"
     routes = ('/v1/chat/completions', '/v1/completions')
@@ -164,11 +163,13 @@ class Gateway:
         "The request as its engine shall get it, if it names a model and fits it"
         if (no := self.locked(request)): return None, no
         try: body = json.loads(await request.body())
-        except ValueError: body = None
+        except (ValueError, RecursionError): body = None
         if not isinstance(body, dict): return None, refusal(400, 'The body of the request is no JSON object.')
-        name = body.get('model') or next(iter(self.models))
-        if name not in self.models: return None, refusal(404, f'There is no model {name!r} here; there {"is" if len(self.models)==1 else "are"} {", ".join(self.models)}.{nearest(str(name), self.models)}', 'model_not_found', 'model')
+        name = str(body.get('model') or next(iter(self.models)))
+        if name not in self.models: return None, refusal(404, f'There is no model {name!r} here; there {"is" if len(self.models)==1 else "are"} {", ".join(self.models)}.{nearest(name, self.models)}', 'model_not_found', 'model')
         turn.model, m = name, self.models[name]
+        ms = body.get('messages')
+        if turn.route==self.routes[0] and not (isinstance(ms, list) and ms and all(isinstance(o, dict) and 'role' in o for o in ms)): return None, refusal(400, 'messages is not a list of {"role": ..., "content": ...}.', None, 'messages')
         turn.stream, options = body.get('stream') is True, body.get('stream_options')
         turn.wants_usage = isinstance(options, dict) and bool(options.get('include_usage'))
         own = dict(m.usual, max_tokens=None) if body.get('max_completion_tokens') else m.usual

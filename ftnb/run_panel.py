@@ -54,7 +54,7 @@ class RunPanel(Panel):
         self._lock, self._over, self._thread, self._idle, self._reports, self._filling = threading.RLock(), threading.Event(), None, 0, {}, False
         st, wide = dict(description_width='initial'), dict(max_width='100%', width='auto')
         self.name = W.Text(value=self.recipe.run_name or 'run', description='name', style=st, layout=W.Layout(width='220px', display='' if self.source is not None else 'none'))
-        self.first, self.last = (W.Dropdown(options=list(stages), value=v, description=k, style=st, layout=W.Layout(width='160px')) for k,v in (('from', stages[0]), ('to', stages[-1])))
+        self.first, self.last = (W.Dropdown(options=list(stages), value=v, description=k, style=st, layout=W.Layout(width='160px')) for k,v in (('from', stages[0]), ('to', 'export')))
         self.force = W.Checkbox(description='even if nothing changed', indent=False, layout=W.Layout(width='auto'))
         self.which = W.Dropdown(description='run', style=st, layout=W.Layout(width='320px', max_width='100%'))
         self.which.observe(self._chosen, names='value')
@@ -138,7 +138,7 @@ def resume(self:RunPanel):
     def go():
         if self.run is None: raise UserError('No run is chosen; there is nothing to resume.')
         p = process_of(self.run)
-        a, b = (p.get(k) if p.get(k) in stages else v for k,v in (('first', stages[0]), ('last', stages[-1])))
+        a, b = (p.get(k) if p.get(k) in stages else v for k,v in (('first', stages[0]), ('last', 'export')))
         return f'{self.run.name} goes on, in process {launch(self.run, a, b, cwd=p["cwd"] if os.path.isdir(p.get("cwd") or "") else self.start)}.'
     self._do(go)
 

@@ -18,7 +18,7 @@ from .settings import read_settings
 from .spec import parse_spec, prove
 
 # %% ../nbs/07_runs.ipynb #4d4cdc0e
-upstream = dict(prepare=(), plan=('prepare',), train=('prepare',), evaluate=('train',), export=('train',))
+upstream = dict(prepare=(), plan=('prepare',), train=('prepare',), evaluate=('train',), export=('train',), serve=('export',))
 stages = tuple(upstream)
 
 _prepare = ['model_name_or_path', 'model_revision', 'trust_remote_code', 'pad_token', 'chat_template_path', 'dataset', 'dataset_config', 'dataset_train_split', 'mapping',
@@ -137,7 +137,7 @@ class Run:
 def _set_state(run, stage, **values):
     s = run.state
     s[stage] = {**s.get(stage, {}), **values}
-    write_json(run.path('state.json'), {k:s[k] for k in (*stages, 'serve') if k in s})
+    write_json(run.path('state.json'), {k:s[k] for k in stages if k in s})
 
 def begin(run:Run, stage:str):
     "Mark a stage as running"

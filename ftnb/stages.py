@@ -52,7 +52,7 @@ def _injected(ns)->dict:
     return out
 
 def start_stage(
-    stage:str, # prepare, plan, train, evaluate or export
+    stage:str, # prepare, plan, train, evaluate, export or serve
     ns:dict, # The notebook's `globals()`
 )->Run:
     "The run this notebook works on, with its values checked and joined with what the folder holds; a `UserError` names what is wrong"
@@ -81,7 +81,8 @@ def start_stage(
                 changed = [k for k in {*stage_fields['train'], *stage_fields['prepare']} if getattr(old.recipe, k)!=getattr(r, k)]
                 if changed: raise UserError(f'{folder.name} was trained with another {", ".join(sorted(changed))}; train it again, or set the same value here.')
                 if old.state[s].get('inputs')==inputs_of(s, old.recipe): continue
-            raise UserError(f'{folder} is not trained with these values: run 3_train on it first.')
+            what = dict(train='trained', export='exported')[s]
+            raise UserError(f'{folder} is not {what} with these values: run {stages.index(s)+1}_{s} on it first.')
     begin(run.save(), stage)
     return run
 
