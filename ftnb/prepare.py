@@ -43,8 +43,11 @@ class Prepared:
         r = self.report
         gs = r['gates']
         bad = [g for g in gs if g['verdict'] in ('warn', 'stop', 'accepted')]
-        aside = '; '.join(f'line {a["line"]}: {a["reason"]}' for a in r['set_aside'][:3])
-        return f'{r["rows"]:,} rows read, {r["splits"]["train"]:,} to train on, {r["aside"] or "none"} set aside' + (f' ({aside}{"; ..." if r["aside"]>3 else ""})' if aside else '') + \
+        firsts = {}
+        for a in r['set_aside']: firsts.setdefault(a['reason'], a['line'])
+        firsts = list(firsts.items())[:3]
+        aside = '; '.join(f'line {n}: {why}' for why,n in firsts)
+        return f'{r["rows"]:,} rows read, {r["splits"]["train"]:,} to train on, {r["aside"] or "none"} set aside' + (f' ({aside}{"; ..." if r["aside"]>len(firsts) else ""})' if aside else '') + \
             f', {len(gs)-len(bad)} of {len(gs)} gates passed' + ''.join(f'; {g["gate"]}: {g["rows"]:,} {g["text"]}' for g in bad)
 
     @property
