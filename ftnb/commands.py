@@ -11,6 +11,7 @@ import json, sys
 from pathlib import Path
 
 from .base import Table, UserError
+from .columns import Columns
 from .compare import RunDiff
 from .doctor import doctor
 from .eject import eject
@@ -128,25 +129,45 @@ def cmd_diff(a):
     d = RunDiff(Run(run_folder(a.a)), Run(run_folder(a.b)))
     show_value(d.to_dict() if a.json else d, a.json)
 
+def _asker(a):
+    "A function that yields (who, text so far) for a question, from a run's models or from a server"
+    history = {}
+    if '://' in a.run:
+        from ftnb.client import Client, ask, two_sides
+        client = Client(a.run)
+        names = two_sides(client.names())
+        which = [a.adapter] if a.adapter else names if a.which=='both' else names[:1] if a.which=='base' else names[-1:]
+        return lambda q: ask(client, q, which, history)
+    from ftnb.generate import load # torch is loaded only here
+    from ftnb.side_by_side import chat
+    have, tuned = load(a.run, a.which, a.adapter), a.adapter or 'tuned'
+    which = ('base', tuned) if a.which=='both' else ('base',) if a.which=='base' else (tuned,)
+    if hasattr(have, 'infos') and not a.adapter and a.which!='base': which = (*which[:-1], *have.names) # a group: each of its adapters
+    return lambda q: chat(have, q, which, history)
+
 def cmd_chat(a):
     "`ftnb chat`"
-    from ftnb.generate import load # torch is loaded only here
-    pair = load(a.run, a.which, a.adapter)
-    tuned = a.adapter or 'tuned'
-    which = ('base', tuned) if a.which=='both' else ('base',) if a.which=='base' else (tuned,)
-    if hasattr(pair, 'infos') and not a.adapter and a.which!='base': which = (*which[:-1], *pair.names) # a group: each of its adapters
+    asker, live = _asker(a), sys.stdout.isatty() and not a.json
     def ask(q):
-        said = {w: pair.chat(q, w) for w in which}
+        said, view = {}, Columns() if live else None
+        try:
+            for who,text in asker(q):
+                said[who] = text
+                if view: view.show(said)
+        finally:
+            if view and said: view.end(said)
         if a.json: show_value(dict(prompt=q, **said), True)
-        else:
+        elif not view:
             for w,t in said.items(): print(f'{w}: {t}' if len(said)>1 else t)
     if a.prompt: return ask(' '.join(a.prompt))
-    print('an empty line ends the chat', file=sys.stderr)
+    print('an empty line ends the chat, Ctrl-C an answer', file=sys.stderr)
     while True:
         try: q = input('> ')
         except EOFError: break
         if not q.strip(): break
-        ask(q)
+        try: ask(q)
+        except KeyboardInterrupt: print('stopped', file=sys.stderr)
+        except UserError as e: print(f'ftnb: {e}', file=sys.stderr)
 
 def cmd_import(a):
     "`ftnb import-config`"

@@ -9,6 +9,7 @@ __all__ = ['Studio', 'studio']
 import ipywidgets as W
 
 from .base import UserError
+from .chat_panel import chat_panel
 from .compare_panel import compare_panel
 from .data_panel import data_panel
 from .form import Form
@@ -21,11 +22,11 @@ from .run_panel import run_panel
 
 # %% ../nbs/57_panels.ipynb #14be58d2
 class Studio(Panel):
-    "Data, recipe, plan, run, comparison and rating in tabs, over one recipe"
+    "Data, recipe, plan, run, comparison, rating and chat in tabs, over one recipe"
     title = 'ftnb studio'
     def __init__(self, r=None): # A `Recipe`, or the path of a YAML file
         self.form = Form(load_recipe(r) if isinstance(r, str) else r)
-        self.makers = dict(data=self._data, recipe=lambda: recipe_panel(self.form), plan=lambda: plan_panel(self.form), run=lambda: run_panel(self.form), compare=compare_panel, rate=rating_panel)
+        self.makers = dict(data=self._data, recipe=lambda: recipe_panel(self.form), plan=lambda: plan_panel(self.form), run=lambda: run_panel(self.form), compare=compare_panel, rate=rating_panel, chat=chat_panel)
         self.panels = {}
         self.tab = W.Tab([W.VBox() for _ in self.makers])
         for i,k in enumerate(self.makers): self.tab.set_title(i, k)

@@ -86,6 +86,7 @@ def chat(
             ids, most = _ids(have, asked), getattr(model.config.get_text_config(), 'max_position_embeddings', None)
             if most and len(ids)>=most: raise UserError(f'The conversation with {who} has {len(ids):,} tokens, and the model takes {most:,} for question and answer together; ask something shorter, or start anew.')
             n = r.max_new_tokens or max_new_tokens
+            yield who, ''
             try:
                 for text in stream(model, have.tok, ids, r, min(n, most-len(ids)) if most else n): yield who, text
             finally:

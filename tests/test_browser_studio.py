@@ -29,7 +29,7 @@ def test_the_recipe_goes_through_all_tabs(page, tmp_path):
     photograph(page, tmp_path/'compare.png')
 
 def test_no_tab_is_cut_or_fails_the_reader(page, tmp_path):
-    for name in ('data', 'recipe', 'plan', 'run', 'compare', 'rate'):
+    for name in ('data', 'recipe', 'plan', 'run', 'compare', 'rate', 'chat'):
         tab(page, name)
         page.wait_for_timeout(300)
         photograph(page, tmp_path/f'{name}.png')
@@ -37,7 +37,7 @@ def test_no_tab_is_cut_or_fails_the_reader(page, tmp_path):
     dark(page)
     assert axe_faults(page)==[]
     narrow(page)
-    for name in ('data', 'recipe', 'plan', 'run', 'compare', 'rate'):
+    for name in ('data', 'recipe', 'plan', 'run', 'compare', 'rate', 'chat'):
         tab(page, name)
         assert cut(page)==[], name
 

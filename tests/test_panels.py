@@ -11,7 +11,7 @@ def run(code, cwd):
     return p.stdout
 
 def test_all_panels_open_without_a_heavy_library(tmp_path):
-    run("import sys, ftnb\ns = ftnb.studio()\nfor k in ('data', 'recipe', 'plan', 'run', 'compare', 'rate'): s.show_tab(k)\ns.form.set(model_name_or_path='llama-3.1-8b', peft='qlora')\ns.static_html()\n"
+    run("import sys, ftnb\ns = ftnb.studio()\nfor k in ('data', 'recipe', 'plan', 'run', 'compare', 'rate', 'chat'): s.show_tab(k)\ns.form.set(model_name_or_path='llama-3.1-8b', peft='qlora')\ns.static_html()\n"
         "assert not {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules), set(sys.modules)", tmp_path)
 
 def test_ftnb_alone_loads_no_widgets(tmp_path): run("import sys, ftnb\nassert 'ipywidgets' not in sys.modules\ntry: ftnb.nothing\nexcept AttributeError as e: assert 'nothing' in str(e)", tmp_path)
