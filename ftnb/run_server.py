@@ -30,10 +30,11 @@ def serve_process():
     folder, note, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     run = Run(folder)
     try:
+        said = []
         for v in (ways := ways_to_serve(run.recipe, **values)):
             try: plan_serving(with_values(run, **v)); break
-            except UserError:
-                if v is ways[-1]: raise
+            except UserError as e: said.append(e)
+        if len(said)==len(ways): raise said[-1 if values.get('serve_format') or run.recipe.serve_format else 0]
         wrong = serve(run, port=0, say=lambda s: write_json(note, dict(url=s.url, names=s.names)), **v)
     except UserError as e: wrong = str(e)
     if wrong: write_json(note, dict(error=wrong))

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip('ipywidgets')
 import psutil
-from ftnb.base import UserError
+from ftnb.base import UserError, write_json
 from ftnb.candidates import candidates
 from ftnb.chat_panel import chat_panel
 from ftnb.client import Client, ask
@@ -262,12 +262,12 @@ def test_ftnb_chat_asks_a_server_and_goes_on_after_a_mistake(capsys, monkeypatch
 
 @pytest.mark.soak
 def test_base_and_tuned_of_a_run_answer_from_llama_cpp(pair, tmp_path):
-    from dataclasses import replace
-    from ftnb.export import export
+    from ftnb.converter import convert, convert_lora
     run = pair.run
-    run.recipe = replace(run.recipe, export_formats=['adapter', 'gguf-lora'])
-    run.save()
-    export(run)
+    write_json(run.path('state.json'), {**run.state, 'train': dict(status='done')})
+    pair.tok.save_pretrained(run.path('adapter'))
+    convert(run.recipe.model_name_or_path, run.path('gguf', 'base.gguf'))
+    convert_lora(run.path('adapter'), run.recipe.model_name_or_path, run.path('gguf', f'{run.name}-lora.gguf'))
     p = chat_panel(run, start=tmp_path)
     try:
         for q in ('What is 2 times 5?', 'And 3?'):
