@@ -1,10 +1,12 @@
 """Three adapters on one base: who answers what, and how much of each is left when they are combined.
 
 Three small data sets by rule, each with a format of its own (an upper-case code, a card of `key: value` lines, a JSON
-ticket), one recipe with `tasks`, LoRA on smollm2-135m. Then every adapter on every task's held-out rows, and a grid of
-combinations in one call, with the share of each single adapter's score that is kept.
+ticket), one recipe with `tasks`, LoRA on smollm2-135m. Each adapter is the first checkpoint, one every five steps at a
+constant learning rate, that answers 95 % of its own validation rows. Then every adapter on every task's held-out rows, and a
+grid of combinations with the share of each single adapter's score that is kept. The best combinations of the grid are scored
+once more on the held-out rows that the grid did not see.
 
-    python bench/adapters.py [--steps 60] [--rows 40] [--grid-rows 16] [--keep FOLDER] [--out bench/results/adapters.json]
+    python bench/adapters.py [--rate 5e-4] [--steps 40] [--rows 40] [--grid-rows 16] [--keep FOLDER] [--out bench/results/adapters.json]
 """
 import argparse, json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -44,48 +46,89 @@ def make_data(folder, train=240, held=40, seed=7):
             at += n
     return out
 
-def recipe(data, steps=60):
+def recipe(data, steps=40, rate=5e-4):
     "One recipe with a task for each data set"
-    return dict(model_name_or_path='smollm2-135m', peft='lora', lora_r=8, lora_alpha=16, learning_rate=1e-3, max_steps=steps, per_device_train_batch_size=8, per_device_eval_batch_size=40, max_length=256, eval_strategy='no', save_strategy='no',
-        near_duplicates='report', max_eval_samples=None, tasks={t: dict(dataset=d) for t,d in data.items()})
+    return dict(model_name_or_path='smollm2-135m', peft='lora', lora_r=8, lora_alpha=16, learning_rate=rate, lr_scheduler_type='constant_with_warmup', max_steps=steps, per_device_train_batch_size=8, per_device_eval_batch_size=40, max_length=256,
+        eval_strategy='no', save_strategy='steps', save_steps=5, save_total_limit=steps, save_only_model=True, logging_steps=5, near_duplicates='report', max_eval_samples=None, tasks={t: dict(dataset=d) for t,d in data.items()})
 
-def train(folder, data, steps=60):
-    "Run the recipe as a user would, up to stage 4; the group's folder"
+def train(folder, data, steps=40, rate=5e-4):
+    "Run the recipe as a user would, up to stage 3; {task: its run}"
     import yaml
-    (folder/'shop.yaml').write_text(yaml.safe_dump(recipe(data, steps), sort_keys=False))
+    from ftnb.runs import Run
+    (folder/'shop.yaml').write_text(yaml.safe_dump(recipe(data, steps, rate), sort_keys=False))
     (folder/'settings.ini').write_text('[ftnb]\nruns = runs\n')
-    subprocess.run([sys.executable, '-c', 'from ftnb.cli import main; main()', 'run', 'shop.yaml', '--to', 'evaluate'], cwd=folder, check=True)
-    return folder/'runs/shop'
+    subprocess.run([sys.executable, '-c', 'from ftnb.cli import main; main()', 'run', 'shop.yaml', '--to', 'train'], cwd=folder, check=True)
+    return {t: Run(folder/f'runs/shop-{t}') for t in data}
+
+def score(shelf, name, data, task, split='valid', skip=0):
+    "Share of a task's rows, of the split and from a row on, that an adapter answers as it should"
+    from ftnb.domains import Domain, rate
+    rows = [json.loads(l) for s in data[task] if s['split']==split for l in open(s['path'])][skip:]
+    d = Domain(task, None, [], [], [o['completion'] for o in rows], 48, 'field_accuracy' if task=='tickets' else 'exact_match')
+    return rate(shelf.answers([o['prompt'] for o in rows], name, d.limit, 40), d)
+
+def enough(shelf, runs, data, least=.95):
+    "Put the first checkpoint of each task that answers enough of its validation rows on the shelf; {task: its steps, score and loss}"
+    out = {}
+    for t,run in runs.items():
+        steps = sorted(int(p.name.split('-')[1]) for p in run.path('checkpoints').glob('checkpoint-*'))
+        for n in steps:
+            shelf.add(t, run.path('checkpoints', f'checkpoint-{n}'))
+            s = score(shelf, t, data, t)
+            if s>=least or n==steps[-1]: break
+            shelf.delete(t)
+        out[t] = dict(steps=n, valid=s, loss=next((e['loss'] for e in reversed(run.events('log')) if e.get('step', 0)<=n and 'loss' in e), None))
+        print(t, out[t], file=sys.stderr)
+    return out
 
 def combos(names):
-    "The grid: every way with weights of 1, ties at three densities and other weights"
-    from ftnb.domains import combinations
-    out = combinations(names, ('ties',), density=(.5, .2, .8))+combinations(names, ('cat', 'linear', 'svd', 'dare_ties'), density=(.5,))
-    out += combinations(names, ('ties_svd', 'dare_linear', 'magnitude_prune'), density=(.5,))+combinations(names, ('ties',), weights=(2.,), density=(.2, .5))
-    return out+[{**c, 'rank': 8*len(names)} for c in combinations(names, ('ties_svd',), density=(.2, .5))]+[{**c, 'rank': 8*len(names)} for c in combinations(names, ('ties_svd',), weights=(1.5,), density=(.5,))]
+    "The grid. With `linear`, `dare_linear` and `magnitude_prune`, A and B are summed each: adapters that began with the same A count three times at weights of 1, so thirds are tried too"
+    from ftnb.domains import combinations as c
+    many = lambda os: [{**o, 'rank': 8*len(names)} for o in os]
+    return [*c(names, ('cat', 'svd')), *c(names, ('ties',), weights=(1., 1.5, 2., 3.), density=(.5, .8, 1.)), *c(names, ('linear', 'dare_linear', 'magnitude_prune'), weights=(1., 1/3), density=(.8,)),
+        *c(names, ('dare_ties',), weights=(1., 2.), density=(.8,)), *many(c(names, ('ties_svd',), weights=(1., 2.), density=(.2, .5)))]
+
+def confirm(shelf, data, combo, alone, skip):
+    "The share that a combination keeps of each adapter's score, on rows that the grid did not see"
+    shelf.combine('again', **{k: v for k,v in combo.items() if v is not None})
+    try: return {t: score(shelf, 'again', data, t, 'test', skip)/alone[t] if alone[t] else None for t in alone}
+    finally: shelf.delete('again')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--steps', type=int, default=60); p.add_argument('--rows', type=int, default=40); p.add_argument('--grid-rows', type=int, default=16); p.add_argument('--keep'); p.add_argument('--out', default='bench/results/adapters.json')
+    p.add_argument('--rate', type=float, default=5e-4); p.add_argument('--steps', type=int, default=40); p.add_argument('--rows', type=int, default=40); p.add_argument('--grid-rows', type=int, default=16); p.add_argument('--keep'); p.add_argument('--out', default='bench/results/adapters.json')
     a = p.parse_args()
-    from ftnb.runs import Run, hardware, versions
+    from ftnb.domains import matrix
+    from ftnb.recipe import make_recipe
+    from ftnb.runs import hardware, versions
+    from ftnb.shelf import Adapters
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(a.keep or tmp)
         folder.mkdir(parents=True, exist_ok=True)
-        t = time.time()
-        group = Run(train(folder, make_data(folder, held=a.rows), a.steps))
-        trained = time.time()-t
-        from ftnb.shelf import Adapters
-        shelf = Adapters(group)
-        rep, t, rows = group.report('tasks'), time.time(), []
+        t, data = time.time(), make_data(folder, held=a.rows)
+        runs, took = train(folder, data, a.steps, a.rate), {}
+        took['train'] = round(time.time()-t)
+        shelf = Adapters(make_recipe(dict(model_name_or_path='smollm2-135m')))
+        own = enough(shelf, runs, data)
+        rep = matrix(shelf, runs)
+        print(rep['scores'], file=sys.stderr)
+        t, rows, todo = time.time(), [], combos(shelf.names)
+        res = dict(about='Three LoRA adapters (r 8, all linear layers) on smollm2-135m, three formats; shares from 0 to 1', criterion='the first checkpoint of each task that answers 95 % of its 20 validation rows', learning_rate=a.rate, adapters=own, rows=rep['n'], measure=rep['metric'], scores=rep['scores'],
+            answers=[o for k in rep['tasks'] for o in [x for x in rep['answers'] if x['task']==k][:2]], grid_rows=a.grid_rows, grid=rows, planned=len(todo), adapter_bytes={k: o['bytes'] for k,o in shelf.infos.items()}, seconds=took,
+            versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command='python bench/adapters.py')
+        def write():
+            took['grid'] = round(time.time()-t)
+            Path(a.out).write_text(json.dumps(res, indent=1, default=str)+'\n')
         def note(row): # the file grows while it runs
             rows.append(row)
             print(row, file=sys.stderr)
-            best = max((o for o in rows if o['how'].startswith('ties')), key=lambda o: o['least'], default=None)
-            res = dict(about='Three LoRA adapters (r 8, all linear layers) on smollm2-135m, three formats; shares from 0 to 1', steps=a.steps, rows=rep['n'], measure=rep['metric'], scores=rep['scores'],
-                answers=[o for t in rep['tasks'] for o in [x for x in rep['answers'] if x['task']==t][:2]], grid_rows=a.grid_rows, grid=rows, best_ties=best, ties_keeps_80=bool(best and best['least']>=.8),
-                adapter_bytes={k: o['bytes'] for k,o in shelf.infos.items()}, seconds=dict(runs=round(trained), grid=round(time.time()-t)), versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command='python bench/adapters.py')
-            Path(a.out).write_text(json.dumps(res, indent=1, default=str)+'\n')
-        shelf.grid(combos(shelf.names), rows=a.grid_rows, each=note)
+            write()
+        shelf.grid(todo, runs, rows=a.grid_rows, each=note)
+        made = rows[1+len(shelf.names):]
+        alone = {k: score(shelf, k, data, k, 'test', a.grid_rows) for k in shelf.names}
+        best = {kind: max((i for i,o in enumerate(made) if o['how'].startswith(kind)), key=lambda i: (made[i]['least'], sum(made[i][f'{k} kept'] for k in shelf.names))) for kind in ('ties', '')}
+        res['confirmed'] = {k or 'any': dict(how=made[i]['how'], weights=made[i]['weights'], density=made[i]['density'], rows=a.rows-a.grid_rows, grid={n: made[i][f'{n} kept'] for n in shelf.names}, kept=confirm(shelf, data, todo[i], alone, a.grid_rows)) for k,i in best.items()}
+        res['ties_keeps_80'] = all((v or 0)>=.8 for v in res['confirmed']['ties']['kept'].values())
+        write()
 
 if __name__=='__main__': main()

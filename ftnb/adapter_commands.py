@@ -60,9 +60,10 @@ def _add(run, pair):
 
 def _combine(a, run, infos):
     "Combine as asked, score it where there are held-out rows, save it if it has a name; several ways or densities are a grid"
-    weights, densities = parse_weights(a.of, infos), a.density or [.5]
-    cells = [dict(how=h, weights=weights, density=d, majority_sign_method=a.sign, rank=a.rank) for h in a.combine for d in (densities if h not in ('linear', 'cat', 'svd') else densities[:1])]
-    for c in cells: check_combination(infos, **{k: v for k,v in c.items() if k!='rank'})
+    parts = {k: v for k,v in infos.items() if not run.path('adapters', k, 'combination.json').exists()}
+    weights, densities = parse_weights(a.of, infos) if a.of else parse_weights(None, parts), a.density or [.5]
+    cells = [dict(how=h, weights=weights, density=d, majority_sign_method=a.sign, rank=a.rank) for h in a.combine for d in (densities if h not in ('linear', 'cat', 'svd') else [None])]
+    for c in cells: check_combination(infos, **{k: v for k,v in c.items() if k!='rank' and v is not None})
     if a.save: new_name(a.save, infos)
     from ftnb.shelf import Adapters # torch is loaded only here
     shelf, seen = Adapters(run), None

@@ -97,12 +97,16 @@ def adapter_folders(
     mine = adapter_folder(Path(folder))
     return {**({own: mine} if mine else {}), **{p.parent.name: p.parent for p in sorted(Path(folder).glob('adapters/*/adapter_config.json'))}}
 
+def _targets(t):
+    "The names of layers, once each where they are paths"
+    return ' '.join(dict.fromkeys(o.rpartition('.')[2] for o in t)) if isinstance(t, list) else t
+
 def adapters_table(
     infos:dict, # {name: as `read_adapter` gives it}
     active=(), # Names of those that are active; None: that is not known here
 )->Table:
     "Name, method, rank, targets, parameters, bytes of each adapter, and which are active"
-    rows = [dict(name=k, method=o['method'], rank=o['rank'], targets=' '.join(o['targets']) if isinstance(o['targets'], list) else o['targets'], parameters=f'{o["parameters"]:,}', bytes=size(o['bytes']),
+    rows = [dict(name=k, method=o['method'], rank=o['rank'], targets=_targets(o['targets']), parameters=f'{o["parameters"]:,}', bytes=size(o['bytes']),
         **({} if active is None else dict(active='yes' if k in active else ''))) for k,o in infos.items()]
     return Table(rows, cols=['name', 'method', 'rank', 'targets', 'parameters', 'bytes', *([] if active is None else ['active'])])
 

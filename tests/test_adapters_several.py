@@ -317,6 +317,8 @@ def test_the_command_line_lists_combines_scores_saves_and_deletes(group):
     code, out, err = command(group, 'adapters', 'desk', '--combine', 'ties', 'cat', '--of', 'codes=1', 'tickets=0.5', '--density', '0.2', '0.8', '--rows', '2', '--save', 'two')
     assert code==0 and [l.split()[0] for l in out.splitlines() if l.startswith(('ties', 'cat', 'alone', 'base'))]==['base', 'alone', 'alone', 'ties', 'ties', 'cat'] and 'saved two' in out, err
     assert 'codes 1, tickets 0.5' in command(group, 'adapters', 'desk')[1]
+    linear = next(l for l in command(group, 'adapters', 'desk', '--combine', 'linear', '--rows', '2')[1].splitlines() if l.startswith('linear'))
+    assert linear.startswith('linear  codes=1 tickets=1 ') and '0.5' not in linear, 'a combination is no part of the next one, and linear has no density'
     code, out, err = command(group, 'chat', 'desk', '--adapter', 'two', '--which', 'tuned', '--json', 'hello')
     assert code==0 and set(json.loads(out))=={'prompt', 'two'}, err
     assert set(json.loads(command(group, 'chat', 'desk', '--json', 'hello')[1]))=={'prompt', 'base', 'codes', 'tickets', 'two'}
@@ -343,10 +345,12 @@ def test_three_adapters_answer_in_their_domain_and_not_in_the_format_of_the_othe
     import sys
     sys.path.insert(0, str(Path(__file__).parents[1]/'bench'))
     import adapters as bench
-    from ftnb.runs import Run
+    from ftnb.domains import matrix
     from ftnb.shelf import Adapters
-    group = Run(bench.train(tmp_path, bench.make_data(tmp_path)))
-    s = group.report('tasks')['scores']
+    data, shelf = bench.make_data(tmp_path), Adapters(make_recipe(dict(model_name_or_path='smollm2-135m')))
+    runs = bench.train(tmp_path, data)
+    bench.enough(shelf, runs, data)
+    s = matrix(shelf, runs)['scores']
     assert all(s[t][t]>=.9 and s['base'][t]<=.1 for t in bench.TEXTS)
     assert all(s[w][t]<=.1 for w in bench.TEXTS for t in bench.TEXTS if w!=t)
-    with pytest.raises(UserError, match='Did you mean'): Adapters(group).use('ticket')
+    with pytest.raises(UserError, match='Did you mean'): shelf.use('ticket')
