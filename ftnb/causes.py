@@ -149,7 +149,7 @@ def judge(
     row['numbers'] = False
     if not row.get('broken'):
         row['numbers'] = not (row['kl']<l.kl and row['top1']>l.top1 and (row['logits'] is None or row['logits']<=max_logits))
-        if 'template' not in row: # a GGUF file; folders bring theirs
+        if 'missing' not in row: # a GGUF file; folders bring theirs
             if not row['kl']<l.kl: faults.append(f'KL(trained || file) is {row["kl"]:.2g} nats per token, allowed are {l.kl:g}')
             if not row['top1']>l.top1: faults.append(f'the likeliest token is the same at {100*row["top1"]:.1f} % of tokens, {100*l.top1:g} % are needed')
         same = row['same_prompts'] in (None, len(ref.asked.texts))

@@ -170,6 +170,6 @@ def gguf_says(
                 start = time.perf_counter()
                 got = e.greedy(short, k)
                 times.append(time.perf_counter()-start)
-            out['speed'] = (len(got)-1)/max(times[1]-times[0], 1e-9)
+            out['speed'] = (len(got)-1)/(times[1]-times[0]) if times[1]>times[0] and len(got)>1 else None
             out['said'] = [dict(ids=got if o is short else e.greedy(o, a.limit)) for o in asked]
     return out

@@ -149,4 +149,5 @@ def greedy(
     model.eval()
     first, whole = (say(order[:1], k) for k in (1, limit))
     for s in range(1, len(order), batch_size): say(order[s:s+batch_size], limit)
-    return [out[i] for i in range(len(prompts))], (len(out[order[0]]['ids'])-1)/max(whole-first, 1e-9)
+    n = len(out[order[0]]['ids'])-1
+    return [out[i] for i in range(len(prompts))], n/(whole-first) if n>0 and whole>first else None
