@@ -15,7 +15,7 @@ from .bootstrap import paired_bootstrap
 from .load import fit_vocabulary, load_model, quantisation
 from .runs import Run
 from .sameness import answer_texts, ended, task_scores
-from .trained import Trained, distance, logits_of, max_kl, max_logits, min_top1, trained_folder
+from .trained import Trained, at_most, distance, logits_of, max_kl, max_logits, min_top1, trained_folder
 from .tune import with_adapter
 
 # %% ../nbs/37fa_causes.ipynb #43d87f0c
@@ -148,10 +148,11 @@ def judge(
     head = row.pop('head', None)
     row['numbers'] = False
     if not row.get('broken'):
-        row['numbers'] = not (row['kl']<l.kl and row['top1']>l.top1 and (row['logits'] is None or row['logits']<=max_logits))
+        top1 = at_most(row['top1'], sum(map(len, ref.rows)))>l.top1
+        row['numbers'] = not (row['kl']<l.kl and top1 and (row['logits'] is None or row['logits']<=max_logits))
         if 'missing' not in row: # a GGUF file; folders bring theirs
             if not row['kl']<l.kl: faults.append(f'KL(trained || file) is {row["kl"]:.2g} nats per token, allowed are {l.kl:g}')
-            if not row['top1']>l.top1: faults.append(f'the likeliest token is the same at {100*row["top1"]:.1f} % of tokens, {100*l.top1:g} % are needed')
+            if not top1: faults.append(f'the likeliest token is the same at {100*row["top1"]:.1f} % of tokens, {100*l.top1:g} % are needed')
         same = row['same_prompts'] in (None, len(ref.asked.texts))
         if l.exact and same and (other := _other_answer(row, ref)): faults.append(other)
         own = task_scores(answer_texts(ref.said, ref.asked.ends, ref.tok), ref.asked.refs)[1]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from .base import UserError, disk_error, read_json, size, write_json
 from .models import model_path
 from .runs import Run
-from .trained import Trained, distances, greedy, max_kl, max_logits, min_top1
+from .trained import Trained, at_most, distances, greedy, max_kl, max_logits, min_top1
 
 # %% ../nbs/37_verify.ipynb #70c82f77
 script = '''
@@ -101,6 +101,7 @@ def row_faults(
     row:dict, # format, logits, kl, top1, missing, unexpected, template
     kl:float=max_kl, # Allowed divergence
     top1:float=min_top1, # Needed share of equal likeliest tokens
+    tokens:int=None, # Counted on so many; None: taken as exact
 )->list:
     "Which figures of an exported folder are out of bounds"
     out = []
@@ -109,7 +110,7 @@ def row_faults(
     if not row['template']: out.append('the tokenizer has no chat template')
     if row['logits'] is not None and not row['logits']<=max_logits: out.append(f'logits differ by {row["logits"]:.2g} of the largest in float32, allowed are {max_logits:g}')
     if not row['kl']<kl: out.append(f'KL(trained || shipped) is {row["kl"]:.2g} nats per token, allowed are {kl:g}')
-    if not row['top1']>top1: out.append(f'the likeliest token is the same at {100*row["top1"]:.1f} % of tokens, {100*top1:g} % are needed')
+    if not (at_most(row['top1'], tokens) if tokens else row['top1'])>top1: out.append(f'the likeliest token is the same at {100*row["top1"]:.1f} % of tokens, {100*top1:g} % are needed')
     return out
 
 # %% ../nbs/37_verify.ipynb #08a86e16
@@ -129,7 +130,7 @@ def compare_folders(
                 files = [o for o in Path(folder).iterdir() if o.is_file()]
                 row = dict(format=name, folder=Path(folder).name, files=len(files), bytes=sum(o.stat().st_size for o in files), **d, **said[name])
                 if name!='adapter': row['logits'] = None # a rounded file is held to KL and top-1; its sums are checked before rounding
-                rows.append(dict(row, faults=folder_faults(folder)+row_faults(row, *bounds.get(name, ()))))
+                rows.append(dict(row, faults=folder_faults(folder)+row_faults(row, *bounds.get(name, (max_kl, min_top1)), sum(map(len, ref.rows)))))
     except OSError as e: raise disk_error(e, run.folder) or e
     return settle(rows, ref)
 
