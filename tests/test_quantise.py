@@ -1,5 +1,5 @@
 "Quantised GGUF files are those of llama.cpp's own program, byte for byte, and a broken source is a sentence"
-import json, os, shutil, subprocess, sys, time
+import json, os, platform, shutil, sys, time
 from pathlib import Path
 import numpy as np, pytest
 
@@ -21,6 +21,7 @@ def sources(tmp_path_factory):
 def test_the_oracle_saw_the_weights_that_are_tested(sources):
     assert {m: made.sha(f.read_bytes()) for m,f in sources.items()}=={m: o['source'] for m,o in oracle.items()}
 
+@pytest.mark.skipif(platform.machine().lower() not in ('x86_64', 'amd64'), reason='the oracle was compiled for x86-64; other processors may round the last bit of a scale differently')
 @pytest.mark.parametrize('model,kind', cases)
 def test_a_quantised_file_is_llama_cpp_s_byte_for_byte(sources, tmp_path, model, kind):
     want, q = oracle[model][kind], quantise(sources[model], tmp_path/'q.gguf', kind, n_threads=2)
@@ -79,8 +80,8 @@ def test_the_old_file_stays_when_the_new_one_fails(sources, tmp_path):
     assert (tmp_path/'q.gguf').read_bytes()==b'old'
 
 @pytest.mark.soak
-@pytest.mark.parametrize('kind', made.kinds)
-def test_smollm2_quantised_is_the_compiled_program_s_file(kind, tmp_path_factory, record_property):
+@pytest.mark.parametrize('kind', [k for k in made.kinds if k!='f16'])
+def test_smollm2_quantised_is_the_compiled_program_s_file(kind, tmp_path_factory):
     python = os.environ.get('FTNB_LLAMA_CPP_PYTHON')
     if not python: pytest.skip('FTNB_LLAMA_CPP_PYTHON names no Python with llama-cpp-python')
     from ftnb.converter import convert
@@ -88,7 +89,6 @@ def test_smollm2_quantised_is_the_compiled_program_s_file(kind, tmp_path_factory
     d = tmp_path_factory.getbasetemp()
     src = d/'smollm2-f16.gguf'
     if not src.exists(): convert(model_path('smollm2-135m'), src, 'f16')
-    if kind=='f16': pytest.skip('the source')
     t0 = time.perf_counter()
     ours = quantise(src, d/f'ours-{kind}.gguf', kind, n_threads=1)
     t1 = time.perf_counter()

@@ -52,7 +52,7 @@ def write_model(
     parts = {'attn_qkv': ((heads+2*kv)*size, hidden)} if fused else {'attn_q': (heads*size, hidden), 'attn_k': (kv*size, hidden), 'attn_v': (kv*size, hidden)}
     e = (experts,) if experts else ()
     parts |= {'attn_output': (hidden, heads*size), f'ffn_up{"_exps"*bool(e)}': (*e, inner, hidden), f'ffn_gate{"_exps"*bool(e)}': (*e, inner, hidden), f'ffn_down{"_exps"*bool(e)}': (*e, hidden, inner)}
-    if experts: parts['ffn_gate_inp'] = experts, hidden
+    if experts: parts |= {'ffn_gate_inp': (experts, hidden), 'ffn_down_shexp': (hidden, inner)} # two second matrices in each layer
     all = {'output_norm.weight': (hidden,), 'token_embd.weight': (vocab, hidden), **({} if tied else {'output.weight': (vocab, hidden)})}
     for i in range(layers): all |= {f'blk.{i}.attn_norm.weight': (hidden,), **{f'blk.{i}.{k}.weight': (*s[:-2], rows or s[-2], s[-1]) for k,s in parts.items()}}
     for seed,(name,shape) in enumerate(all.items()):
