@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx, psutil
 
 from .base import Table, UserError, nearest, size, write_atomic
-from .draw import svg_curves, svg_image, svg_points
+from .draw import svg_curves, svg_points
 from .runs import Run, hardware
 from .serve import Answer, Server, timed
 from .serve_plan import exported, formats as served, with_values
@@ -198,8 +198,8 @@ class BenchServe:
         "The fastest file, and what it costs"
         own = [r for r in self.report['rows'] if not r['changed']]
         n = min(r['clients'] for r in own)
-        best = max((r for r in own if r['clients']==n), key=lambda r: r['one'] or r['all'])
-        return f'{self.report["engine"]}: {best["format"]} is fastest for {n} client{"s"*(n>1)}, {_num(best["one"] or best["all"])} tokens/s'+(f' at KL {best["kl"]:.4f}' if best.get('kl') is not None else '')
+        best = max((r for r in own if r['clients']==n), key=lambda r: r['all'])
+        return f'{self.report["engine"]}: {best["format"]} is fastest for {n} client{"s"*(n>1)}, {_num(best["all"])} tokens/s'+(f' at KL {best["kl"]:.4f}' if best.get('kl') is not None else '')
 
     @property
     def chart(self)->str:
@@ -210,4 +210,4 @@ class BenchServe:
         return svg_curves({f: [(r['clients'], r['all']) for r in own if r['format']==f] for f in dict.fromkeys(r['format'] for r in own)}, title='tokens/s of all clients', x='clients')
 
     def __repr__(self): return repr(self.table)
-    def _repr_html_(self): return self.table._repr_html_()+svg_image(self.chart)
+    def _repr_html_(self): return self.table._repr_html_()+self.chart
