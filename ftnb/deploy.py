@@ -186,7 +186,7 @@ def _cluster(p, kind, args, file, key, mounts, user, resources, command=None, en
     docs = [dict(apiVersion='v1', kind='PersistentVolumeClaim', metadata=dict(name=n, labels=labels), spec=dict(accessModes=['ReadWriteOnce'], resources=dict(requests=dict(storage=_gi(1.2*file))))),
         dict(apiVersion='apps/v1', kind='Deployment', metadata=dict(name=n, labels=labels), spec=dict(replicas=1, strategy=dict(type='Recreate'), selector=dict(matchLabels=labels), template=pod)),
         dict(apiVersion='v1', kind='Service', metadata=dict(name=n, labels=labels), spec=dict(type='ClusterIP', selector=labels, ports=[dict(name='http', port=8080, targetPort='http')]))]
-    head = p.head(f'kubectl create secret generic {p.name}-api-key --from-literal=api-key="$FTNB_API_KEY"', f'Put {mounts} on the volume of the claim {n} first; guides/serve.html shows one way.', f'kubectl apply -f {kind}.yaml && kubectl port-forward service/{n} 8080:8080')
+    head = p.head(f'kubectl create secret generic {p.name}-api-key --from-literal=api-key="$FTNB_API_KEY"', f'Put {mounts} on the volume of the claim {n} first; guides/serve_deploy.qmd shows one way.', f'kubectl apply -f {kind}.yaml && kubectl port-forward service/{n} 8080:8080')
     return {f'kubernetes/{kind}.yaml': _dump(head, *docs)}
 
 def _kubernetes(p):

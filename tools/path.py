@@ -70,7 +70,9 @@ path = [
     Step(t('schedule'), P, 10, 'cron or another scheduler', g('private'), 'under 5 min to run'),
     Step(g('private'), P, 4, 'your data', g('chat')),
     Step(g('chat'), P, 4, 'stage 3', g('use')),
-    Step(g('use'), P, 4, 'stage 5', g('eject')),
+    Step(g('use'), P, 4, 'stage 5', g('serve')),
+    Step(g('serve'), P, 5, 'stage 5', g('serve_deploy')),
+    Step(g('serve_deploy'), P, 6, 'serve a run', g('eject')),
     Step(g('eject'), P, 3, 'TRL', g('measure')),
     Step(g('measure'), P, 3, 'a run on a GPU', g('howto')),
 ]
