@@ -6,7 +6,7 @@
 __all__ = ['formats', 'apart', 'exported', 'choose', 'made_for', 'context_of', 'usual_of', 'Plan', 'with_values', 'other_runs',
            'plan_serving']
 
-# %% ../nbs/38bb_serve_plan.ipynb #4810a53a
+# %% ../nbs/38bb_serve_plan.ipynb #6f8c5408
 from dataclasses import dataclass
 
 import psutil
@@ -19,7 +19,7 @@ from .recipe import make_recipe, to_dict
 from .runs import Run, run_folder
 from .several import adapter_folder, read_adapter
 
-# %% ../nbs/38bb_serve_plan.ipynb #e18f63bc
+# %% ../nbs/38bb_serve_plan.ipynb #98f7092b
 formats = dict(llama_cpp=('q8_0', 'f16', 'bf16', 'q6_k', 'q5_k_m', 'q4_k_m', 'q4_0', 'gguf-lora'), transformers=('merged',), vllm=('adapter', 'merged'))
 apart = ('gguf-lora', 'adapter') # base and adapter are two files
 
@@ -57,7 +57,7 @@ def choose(
         raise UserError(f'{name} has no {make} file to serve: ftnb export {name} --formats {make} makes it'+(f'; or serve what it has with --engine {could[0]}.' if could and not r.serve_adapters else '.'))
     return found, have[found]
 
-# %% ../nbs/38bb_serve_plan.ipynb #44773d69
+# %% ../nbs/38bb_serve_plan.ipynb #3a397b34
 def made_for(config:dict)->int:
     "Tokens that a model was made for; None if its config doesn't say"
     c = config.get('text_config') or config
@@ -79,7 +79,7 @@ def context_of(
     except UserError: n = min(n, 4096) # an architecture whose cache is not known here
     return n
 
-# %% ../nbs/38bb_serve_plan.ipynb #cfb855df
+# %% ../nbs/38bb_serve_plan.ipynb #73371871
 def usual_of(
     r, # A `Recipe`
     engine:str,
@@ -92,7 +92,7 @@ def usual_of(
     if r.repetition_penalty!=1: out['repeat_penalty' if engine=='llama_cpp' else 'repetition_penalty'] = r.repetition_penalty
     return out
 
-# %% ../nbs/38bb_serve_plan.ipynb #c238a6c5
+# %% ../nbs/38bb_serve_plan.ipynb #6151e329
 @dataclass(frozen=True)
 class Plan:
     "What a server shall be"
@@ -137,7 +137,7 @@ def plan_serving(run:Run)->Plan:
         under = str(exported(run).get('base', '')) if kind=='gguf-lora' else full
         if not under: raise UserError(f'{run.name} has its adapter as GGUF and no base to put it on: ftnb export {run.name} --formats gguf-lora makes both.')
         adapters = {k: str(p) for k,(_,p) in files.items()}
-        rank = r.max_lora_rank or max((read_adapter(adapter_folder(o.folder)).get('rank') or 0 for o in runs.values()), default=0) or 16
+        rank = r.max_lora_rank or max((read_adapter(p)['rank'] for _,p in files.values()) if kind=='adapter' else [16])
         j = Job(under, base, adapters=adapters, max_lora_rank=rank, tokenizer=str(path) if kind=='adapter' else None, **one)
         return Plan(r.serve_engine, kind, [j], {**{k: (0, k) for k in runs}, base: (0, None)}, context)
     jobs = [Job(str(p), k if r.serve_engine!='transformers' else str(p), **one) for k,(_,p) in files.items()]
