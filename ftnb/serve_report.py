@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['held_out_prompts', 'prompt_check', 'measure_server', 'serve_line', 'serve_table']
 
-# %% ../nbs/38cb_serve_report.ipynb #2cf7c67b
+# %% ../nbs/38cb_serve_report.ipynb #34dfd39b
 import statistics
 
-from .base import Table, UserError, size
+from .base import Table, UserError, size, write_atomic
 from .runs import Run
 from .serve import Server
 from .template import render
 
-# %% ../nbs/38cb_serve_report.ipynb #f79c1381
+# %% ../nbs/38cb_serve_report.ipynb #1787c4e2
 def held_out_prompts(
     run:Run,
     n:int=5, # Rows
 )->list: # dicts: messages, tools, trained (None where it was not evaluated)
     "The first held-out rows with the trained model's answers"
-    from ftnb.evaluate import held_out, wanted
+    from ftnb.evaluate import held_out, wanted # torch is loaded only here
     r = run.recipe
     _, recs, _ = held_out(run)
     recs = [o for o in (recs if r.method=='sft' else map(wanted, recs)) if o and 'messages' in o]
     said = (run.report('evaluate') or {}).get('answers') or []
     return [dict(messages=o['messages'][:-1], tools=o.get('tools'), trained=said[i]['tuned'] if i<len(said) else None) for i,o in enumerate(recs[:n])]
+
+# %% ../nbs/38cb_serve_report.ipynb #1d461024
+def _from(a, b): return next((i for i,(x,y) in enumerate(zip(a, b)) if x!=y), min(len(a), len(b)))
 
 def prompt_check(
     s:Server,
@@ -39,34 +42,51 @@ def prompt_check(
     e = s.engines[s.plan.names[s.names[0]][0]]
     if e.kind=='llama_cpp':
         got = e.post('/apply-template', dict(messages=messages, **(dict(tools=tools) if tools else {})))['prompt']
-        if got!=text: return f'the template writes another prompt, from character {next((i for i,(a,b) in enumerate(zip(got, text)) if a!=b), min(len(got), len(text)))}'
+        if text not in (got, (tok.bos_token or '')+got): return f'the template writes another prompt, from character {_from(got, text)}' # llama.cpp leaves the begin token to the tokenizer
         have = e.post('/tokenize', dict(content=got, add_special=True, parse_special=True))['tokens']
-        if have!=ids: return f'it is read as {len(have)} other tokens, from token {next((i for i,(a,b) in enumerate(zip(have, ids)) if a!=b), min(len(have), len(ids)))}'
+        if have!=ids: return f'it is read as {len(have)} tokens and not as {len(ids)}, from token {_from(have, ids)}'
     return f'{read} tokens were read, and the prompt has {len(ids)}' if read is not None and read!=len(ids) else ''
 
+# %% ../nbs/38cb_serve_report.ipynb #fd3e4097
 def measure_server(
     s:Server,
-    n:int=5, # Held-out rows
-    limit:int=None, # Tokens of an answer at most; None: as the evaluation
+    n:int=None, # Questions; None: those of the certificate
+    limit:int=None, # Tokens of an answer at most; None: as there
 )->dict: # As saved in `reports/serve.json`
-    "Ask held-out rows one after the other: prompts and answers against the trained model's, times, memory; a `UserError` if the prompt is another"
-    from ftnb.tokenizer import run_tokenizer # transformers is loaded only here
+    "Ask held-out rows one after the other: prompts and answers against the trained model's, times, memory; a `UserError` if a prompt is another"
+    from ftnb.sameness import asks, task_scores # torch is loaded only here
+    from ftnb.tokenizer import run_tokenizer
     run, tok = s.run, run_tokenizer(s.run)
-    limit = limit or (run.report('evaluate') or {}).get('max_new_tokens') or 128
-    rows, faults = [], []
-    for o in held_out_prompts(run, n):
-        a = s.ask(o['messages'], max_tokens=limit, **(dict(tools=o['tools']) if o['tools'] else {}))
-        faults += [f] if (f := prompt_check(s, tok, o['messages'], o['tools'], a.prompt_tokens)) else []
-        rows.append(dict(prompt=o['messages'][-1]['content'], trained=o['trained'], served=a.text, same=None if o['trained'] is None else a.text.strip()==o['trained'].strip(), ended=a.finish=='stop',
-            **{k: getattr(a, k) for k in ('first', 'seconds', 'speed', 'prompt_tokens', 'completion_tokens')}))
+    a, cert = asks(run, tok), run.report('certificate') or {}
+    trained = {o['prompt']: o['tuned'] for o in (run.report('evaluate') or {}).get('answers') or []} | {o['prompt']: o['trained'] for o in cert.get('answers', [])}
+    rows = []
+    for chat,text,ref in [*zip(a.chats, a.texts, a.refs)][:n]:
+        got, want = s.ask(**chat, max_tokens=limit or a.limit), trained.get(text, trained.get(chat['messages'][-1]['content']))
+        rows.append(dict(prompt=chat['messages'][-1]['content'], reference=ref, trained=want, served=got.text, same=None if want is None else got.text.strip()==want.strip(), ended=got.finish=='stop',
+            fault=prompt_check(s, tok, chat['messages'], chat.get('tools'), got.prompt_tokens), **{k: getattr(got, k) for k in ('first', 'seconds', 'speed', 'prompt_tokens', 'completion_tokens')}))
     middle = lambda k: statistics.median(v) if (v := [o[k] for o in rows if o[k] is not None]) else None
-    judged = [o for o in rows if o['same'] is not None]
+    judged, faults = [o for o in rows if o['same'] is not None], [o['fault'] for o in rows if o['fault']]
+    measure, scores = task_scores([o['served'] for o in rows], [o['reference'] for o in rows])
     rep = dict(ok=not faults, engine=s.plan.engine, format=s.plan.format, names=s.names, context=s.gateway.models[s.names[0]].context, start_seconds=round(s.seconds, 2), n=len(rows), judged=len(judged), same=sum(o['same'] for o in judged), ended=sum(o['ended'] for o in rows),
-        first_token_seconds=middle('first'), tokens_per_second=middle('speed'), memory=s.memory(), prompt=faults[0] if faults else 'same', answers=rows)
+        measure=measure, score=sum(scores)/len(scores) if scores else None, first_token_seconds=middle('first'), tokens_per_second=middle('speed'), memory=s.memory(), prompt=faults[0] if faults else 'same', answers=rows)
     rep['line'] = serve_line(rep)
     run.save_report('serve', rep)
-    if faults: raise UserError(f'{s.engines[0].row.title} gives {run.name} another prompt than it was trained with: {faults[0]} ({len(faults)} of {len(rows)} rows). Export again: ftnb run {run.name} --from export --force.')
+    if cert and len(rows)==cert['questions']: _certified(run, cert, rep)
+    if faults: raise UserError(f'{s.engines[0].row.title} gives {run.name} another prompt than it was trained with: {faults[0]} ({len(faults)} of {len(rows)} questions). Export again: ftnb run {run.name} --from export --force.')
     return rep
+
+def _certified(run, cert, rep):
+    "Put the server's row into the certificate"
+    from ftnb.certificate import certificate_line, certificate_page
+    name, bad = f'server {rep["engine"]} {rep["format"]}', [o['fault'] for o in rep['answers'] if o['fault']]
+    row = dict(format=name, folder='', files=0, bytes=rep['memory']['ram'], size=size(rep['memory']['ram']), same_prompts=rep['n']-len(bad), stops=rep['ended']/rep['n'], measure=rep['measure'], score=rep['score'], equal=rep['same'], speed=rep['tokens_per_second'],
+        faults=bad[:1], cause='prompt differs' if bad else None, because=None, verdict='fails' if bad else 'ok')
+    cert['formats'] = [o for o in cert['formats'] if o['format']!=name]+[row]
+    for o,a in zip(cert['answers'], rep['answers']): o[name] = a['served']
+    cert['ok'] = all(o['verdict']=='ok' for o in cert['formats'])
+    cert['line'] = certificate_line(cert)
+    run.save_report('certificate', cert)
+    write_atomic(run.path('reports', 'certificate.html'), certificate_page(run.name, cert))
 
 def serve_line(rep:dict)->str:
     "One line: what answered, how like the trained model, how fast, in how much memory"
