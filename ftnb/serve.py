@@ -185,7 +185,9 @@ def serving(
     return Server(with_values(run, **values) if values else run, host, port, key)
 
 # %% ../nbs/38c_serve.ipynb #4bd43535
-def example_messages(run:Run)->list:
+def example_messages(
+    run:Run, # With prepared data
+)->list:
     "A short held-out prompt of a run, else a greeting"
     for split in ('test', 'valid'):
         p = run.path('data', f'{split}.jsonl')
@@ -195,6 +197,7 @@ def example_messages(run:Run)->list:
             if isinstance(ms, list) and ms and all(isinstance(m.get('content'), str) for m in ms) and len(json.dumps(ms))<400: return [dict(role=m['role'], content=m['content']) for m in ms]
     return [dict(role='user', content='Hello')]
 
+# %% ../nbs/38c_serve.ipynb #5d8065af
 def how_to_ask(
     s:Server,
     env:str='FTNB_API_KEY', # Where the key is
