@@ -1,13 +1,15 @@
 "Files for others to serve a run with: the template as Go writes it, against schemas that others keep, and nothing secret or open in them"
 import copy, json
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from gguf import GGUFWriter
 from safetensors.numpy import save_file
 
 from ftnb.base import UserError
-from ftnb.deploy import check_deploy, images, vllm_arguments, ware_of, write_deploy
+from ftnb.deploy import bos_of, check_deploy, images, vllm_arguments, ware_of, write_deploy
 from ftnb.engines import vllm_command
 from ftnb.go_template import ollama_data, render_go
 from ftnb.models import read_config
@@ -20,12 +22,22 @@ from test_templates import REAL, fit
 
 GO = json.loads((Path(__file__).parent/'expected/go_templates.json').read_text())['cases']
 
+def write_gguf(path, bos=None):
+    "A GGUF file with a head"
+    w = GGUFWriter(str(path), 'llama')
+    w.add_tensor('token_embd.weight', np.zeros((32, 32), 'f4'))
+    if bos is not None: w.add_add_bos_token(bos)
+    for step in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close): step()
+
 def exported(folder, *formats, name='My run', **values):
     "A run with files of the right names; what is in them does not matter here"
     run = Run(folder/name, make_recipe(values)).save()
     files = dict(merged=['merged/config.json', 'merged/model.safetensors'], adapter=['adapter/adapter_config.json', 'adapter/adapter_model.safetensors'])
     for f in [f for k in formats for f in files.get(k, [f'gguf/{name}-{k}.gguf'])]:
         run.path(f).parent.mkdir(exist_ok=True)
+        if f.endswith('.gguf'):
+            write_gguf(run.path(f))
+            continue
         run.path(f).write_text(json.dumps(dict(peft_type='LORA', r=24, target_modules=['q_proj']) if f.endswith('adapter_config.json') else read_config('smollm2-135m')))
         if f.endswith('adapter_model.safetensors'): save_file({f'base_model.model.model.layers.0.self_attn.q_proj.lora_{k}.weight': np.zeros(s, np.float32) for k,s in dict(A=(24, 576), B=(576, 24)).items()}, run.path(f))
     return run
@@ -78,6 +90,21 @@ def test_the_modelfile_is_from_the_runs_own_template_stops_and_context(written):
         assert (written.path('deploy/ollama')/v['from']).exists() and v['parameter stop']=='<|im_end|>' and v['parameter num_ctx']=='8192' and 'parameter temperature' not in v
     assert 'adapter' in v and 'base.gguf' in v['from']
 
+@pytest.mark.parametrize('adds', [True, False, None])
+def test_the_first_token_stands_before_a_prompt_once(tokenizer, tmp_path, adds):
+    tok = fit(tokenizer, REAL['llama3_1'])
+    write_gguf(tmp_path/'x.gguf', adds)
+    bos, ms = bos_of(tok, tmp_path/'x.gguf'), [dict(role='user', content='a')]
+    g = translate(tok, bos)
+    prompt = tok.bos_token*bool(adds)+render_go(g.text, ollama_data(ms)) # as a server makes it
+    assert g.exact and prompt==render(tok, ms, prompt=True) and prompt.count(tok.bos_token)==1
+
+def test_a_gguf_file_that_is_cut_off_gets_no_modelfile(tmp_path):
+    run = exported(tmp_path, 'q8_0')
+    f = run.path('gguf/My run-q8_0.gguf')
+    f.write_bytes(f.read_bytes()[:-8])
+    with pytest.raises(UserError, match='My run-q8_0.gguf'): write_deploy(run, ['ollama'])
+
 def test_kubernetes_takes_the_manifests(written):
     kv = pytest.importorskip('kubernetes_validate')
     for n in ('llama_cpp', 'vllm'):
@@ -116,7 +143,7 @@ def test_vllm_in_a_container_is_told_what_ftnb_serve_tells_it(tmp_path, monkeypa
     run = exported(tmp_path, 'adapter', serve_engine='vllm', max_model_len=512, tensor_parallel_size=2, enable_prefix_caching=False, gpu_memory_utilization=.5)
     run.save()
     (run.path('state.json')).write_text(json.dumps(dict(train=dict(status='done'))))
-    job = plan_serving(run).jobs[0]
+    job = replace(plan_serving(run).jobs[0], use_cpu=False) # the container has a GPU
     there = vllm_arguments(ware_of(run))
     here = [{job.model: 'HuggingFaceTB/SmolLM2-135M-Instruct', '127.0.0.1': '0.0.0.0', job.tokenizer: '/models/adapter', f'My run={job.adapters["My run"]}': 'my-run=/models/adapter'}.get(a, a) for a in vllm_command(job, 8080)]
     assert there==here[here.index('--model'):]
