@@ -37,6 +37,7 @@ class Job:
     gpu_memory_utilization:float=.9 # Share of a GPU's memory
     trust_remote_code:bool=False # Run Python code that comes with a model
     use_cpu:bool=False # Stay on the CPU even if there is a GPU
+    cache_bytes:int=None # vLLM on a CPU: memory for the cache of keys and values; None: gpu_memory_utilization of all memory
 
 # %% ../nbs/38a_engines.ipynb #cc4bdcbe
 def llama_command(j:Job, port:int)->list:
@@ -84,10 +85,11 @@ def vllm_command(j:Job, port:int)->list:
     "vLLM's OpenAI server with a model and its adapters"
     rank = next((r for r in _ranks if r>=j.max_lora_rank), None)
     if j.adapters and rank is None: raise UserError(f'max_lora_rank: {j.max_lora_rank} is more than vLLM takes ({_ranks[-1]}); serve the merged model: serve_format: merged.')
+    cpu = ['--enforce-eager', *(['--kv-cache-memory-bytes', str(j.cache_bytes)] if j.cache_bytes else [])] if j.use_cpu else [] # its other way compiles C++
     lora = ['--enable-lora', '--max-lora-rank', str(rank), '--max-loras', str(len(j.adapters)), '--lora-modules', *(f'{k}={v}' for k,v in j.adapters.items())] if j.adapters else []
     return [os.environ.get('FTNB_VLLM_PYTHON') or sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', j.model, '--served-model-name', j.name, '--host', '127.0.0.1', '--port', str(port),
         '--dtype', j.dtype, *(['--tokenizer', j.tokenizer] if j.tokenizer else []), '--tensor-parallel-size', str(j.tensor_parallel_size), '--gpu-memory-utilization', str(j.gpu_memory_utilization), *(['--max-model-len', str(j.max_model_len)] if j.max_model_len else []),
-        '--enable-prefix-caching' if j.enable_prefix_caching else '--no-enable-prefix-caching', *['--trust-remote-code']*j.trust_remote_code, *lora]
+        '--enable-prefix-caching' if j.enable_prefix_caching else '--no-enable-prefix-caching', *['--trust-remote-code']*j.trust_remote_code, *cpu, *lora]
 
 class Kind(NamedTuple):
     "A row of the table of engines"
@@ -96,10 +98,11 @@ class Kind(NamedTuple):
     module:str # What must be importable
     install:str # How to get it
     key:str # Environment variable that it takes a key from; empty: none
+    env:dict={} # More of its environment
 
 engines = dict(llama_cpp=Kind('llama.cpp', llama_command, 'xllamacpp', 'pip install "ftnb[serve]"', 'FTNB_ENGINE_KEY'),
     transformers=Kind('transformers serve', transformers_command, 'fastapi', 'pip install "ftnb[serve]"', ''),
-    vllm=Kind('vLLM', vllm_command, 'vllm', 'python -m venv vllm && vllm/bin/pip install vllm, then FTNB_VLLM_PYTHON=vllm/bin/python', 'VLLM_API_KEY'))
+    vllm=Kind('vLLM', vllm_command, 'vllm', 'python -m venv vllm && vllm/bin/pip install vllm, then FTNB_VLLM_PYTHON=vllm/bin/python', 'VLLM_API_KEY', dict(VLLM_NO_USAGE_STATS='1')))
 
 def check_engine(name:str)->Kind:
     "The row of an engine; a `UserError` if there is none, or if it is not installed"
@@ -161,7 +164,7 @@ class Engine:
         self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False)
         t = time.time()
         self._from = self.log.stat().st_size if self.log.exists() else 0
-        self.process = start_watched(self.row.command(job, self.port), self.log, {self.row.key: self.key} if self.key else None)
+        self.process = start_watched(self.row.command(job, self.port), self.log, {**self.row.env, **({self.row.key: self.key} if self.key else {})})
         try:
             while not self.health():
                 if not self.alive: raise UserError(f'{self.row.title} ended while it loaded {Path(job.model).name}: {self.tail() or "it said nothing"}. Its log is {self.log}.')
@@ -196,9 +199,10 @@ class Engine:
     )->str:
         "The last lines it wrote, or its first error"
         with self.log.open('rb') as f:
-            f.seek(max(self._from, f.seek(0, 2)-16384))
+            f.seek(max(self._from, f.seek(0, 2)-65536))
             ls = [l.strip() for l in f.read().decode(errors='replace').splitlines() if l.strip()]
         said = [m[1] for l in ls if (m := re.match(r'[\d.]+ E (.*)', l))] # llama.cpp's errors, of which the first is the cause
+        said = said or [m[1] for l in ls if (m := re.search(r' ERROR .*\] (\w*(?:Error|Exception): .*)', l))] # vLLM's, from the process where it began
         return ' · '.join(said[:1] or ls[-n:])
 
     def memory(self)->dict: # ram and, where the driver tells, gpu; bytes
