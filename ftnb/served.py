@@ -7,6 +7,7 @@ __all__ = ['server_cause', 'certify_server']
 
 # %% ../nbs/37h_served.ipynb #0e97d5cb
 import time
+from types import SimpleNamespace
 
 from .base import UserError, write_atomic
 from .bootstrap import paired_bootstrap
