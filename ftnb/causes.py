@@ -111,7 +111,6 @@ def _eos(row, ref):
     if row.get('eos') is not None and row['eos'] not in a.ends: return f'the file\'s end token is {name(row["eos"])!r}, and answers end with {" or ".join(name(o) for o in sorted(used or a.ends))}'
     for i,(x,y) in enumerate(zip(row['said'], ref.said)):
         if x['ids'] and x['ids'][-1] in ends-set(a.ends) and x['ids'][-1] in y['ids']: return f'answer {i+1} ends at {name(x["ids"][-1])!r}, which is no end of turn'
-    if row['stops'] is not None and row['stops']<ended(ref.said, a.ends)-.2: return f'{100*row["stops"]:.0f} % of the answers end by themselves, {100*ended(ref.said, a.ends):.0f} % of the trained model\'s'
 
 def _names(row, ref):
     bad = (row.get('missing') or [])+(row.get('unexpected') or [])
@@ -126,7 +125,11 @@ def _precision(row, ref):
     if row.get('kl_4bit') is not None and row['kl_4bit']<row['kl_first']/2: return f'the weights are those of a merge on the 4-bit base (KL to it {row["kl_4bit"]:.1g}, to the trained model {row["kl_first"]:.1g}); merge on the 16-bit base'
     return 'the weights lost more than the format explains: a merge on a quantised base, a second rounding, or changed files'
 
-causes = {'file cut off or damaged': _file, 'BOS twice': _bos, 'template': _template, 'pre-tokenizer': _pre, 'EOS': _eos, 'names of weights': _names, 'adapter of zeros': _zero, 'precision': _precision}
+def _endless(row, ref):
+    own = ended(ref.said, ref.asked.ends)
+    if row['stops'] is not None and row['stops']<own-.2: return f'{100*row["stops"]:.0f} % of the answers end by themselves, {100*own:.0f} % of the trained model\'s'
+
+causes = {'file cut off or damaged': _file, 'BOS twice': _bos, 'template': _template, 'pre-tokenizer': _pre, 'EOS': _eos, 'names of weights': _names, 'adapter of zeros': _zero, 'precision': _precision, 'answers without end': _endless}
 
 # %% ../nbs/37fa_causes.ipynb #3063f533
 def on_four_bit(

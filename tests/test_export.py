@@ -116,7 +116,7 @@ def test_leftovers_and_a_lost_template_are_found(done, copy):
 def test_an_adapter_changed_after_training_stops_the_export(done, tmp_path):
     run = Run(shutil.copytree(done[0].folder, tmp_path/'demo'))
     spoil(run.path('adapter', 'adapter_model.safetensors'), 'lora_B', torch.zeros_like)
-    with pytest.raises(UserError, match='adapter: logits differ by'): export(run)
+    with pytest.raises(UserError, match='adapter: logits differ by .* likely cause: '): export(run)
     assert run.report('export')['ok'] is False
 
 def test_full_fine_tuning_exports_the_model_in_the_type_of_the_base(tmp_path):
