@@ -78,7 +78,7 @@ functions = dict(llama_log_set=(None, _L, _p), llama_backend_init=(None,), llama
     gguf_init_from_file=(_p, _s, GgufParams), gguf_free=(None, _p), gguf_get_n_tensors=(C.c_int64, _p), gguf_get_data_offset=(C.c_size_t, _p), gguf_get_tensor_offset=(C.c_size_t, _p, C.c_int64),
     gguf_get_tensor_size=(C.c_size_t, _p, C.c_int64), ggml_quantize_chunk=(C.c_size_t, C.c_int, _p, _p, C.c_int64, C.c_int64, C.c_int64, _p), ggml_row_size=(C.c_size_t, C.c_int, C.c_int64),
     ggml_validate_row_data=(C.c_bool, C.c_int, _p, C.c_size_t), ggml_type_name=(_s, C.c_int), ggml_get_tensor=(_p, _p, _s), ggml_free=(None, _p), gguf_init_empty=(_p,), gguf_set_kv=(None, _p, _p),
-    gguf_set_val_u32=(None, _p, _s, C.c_uint32), gguf_set_val_str=(None, _p, _s, _s), gguf_set_val_bool=(None, _p, _s, C.c_bool), gguf_add_tensor=(None, _p, _p), gguf_set_tensor_type=(None, _p, _s, C.c_int), gguf_get_meta_size=(C.c_size_t, _p), gguf_get_meta_data=(None, _p, _p),
+    gguf_set_val_u32=(None, _p, _s, C.c_uint32), gguf_set_val_str=(None, _p, _s, _s), gguf_set_val_bool=(None, _p, _s, C.c_bool), gguf_set_arr_data=(None, _p, _s, C.c_int, _p, C.c_size_t), gguf_add_tensor=(None, _p, _p), gguf_set_tensor_type=(None, _p, _s, C.c_int), gguf_get_meta_size=(C.c_size_t, _p), gguf_get_meta_data=(None, _p, _p),
     gguf_get_tensor_name=(_s, _p, C.c_int64), gguf_get_tensor_type=(C.c_int, _p, C.c_int64), gguf_get_tensor_ne=(C.POINTER(C.c_int64), _p, C.c_int64), gguf_get_alignment=(C.c_size_t, _p),
     gguf_find_key=(C.c_int64, _p, _s), gguf_get_kv_type=(C.c_int, _p, C.c_int64), gguf_get_val_str=(_s, _p, C.c_int64), gguf_get_val_data=(_p, _p, C.c_int64), gguf_get_arr_type=(C.c_int, _p, C.c_int64),
     gguf_get_arr_data=(_p, _p, C.c_int64), gguf_get_arr_n=(C.c_size_t, _p, C.c_int64))

@@ -3,12 +3,13 @@ import json, os, shutil, subprocess, sys
 from collections import namedtuple
 from pathlib import Path
 import numpy as np, pytest
+from gguf import GGUFWriter
 
 from conftest import Made, make_tiny, write_rows
 from ftnb.base import UserError
 from ftnb.converter import converter
 from ftnb.ggml import Engine
-from ftnb.gguf_files import ends_of, gguf_card, set_keys, staged, wanted_keys, write_base_gguf, write_gguf_card, write_lora_gguf
+from ftnb.gguf_files import ends_of, gguf_card, piece_scores, set_keys, staged, wanted_keys, write_base_gguf, write_gguf_card, write_lora_gguf
 from ftnb.gguf_size import check_disk, disk_need, gguf_bytes, gguf_path
 from ftnb.models import model_path
 from ftnb.quantise import Head, quantise
@@ -93,10 +94,12 @@ def test_a_file_whose_tokens_and_embeddings_differ_is_refused(made, tmp_path):
     run, base, _ = made
     other = Path(shutil.copytree(base, tmp_path/'other'))
     with pytest.raises(UserError, match='is quantised from a file in f16'): write_base_gguf(run, other, 'q4_k_m')
-    tok = run_tokenizer(run)
-    tok.add_tokens(['<a>', '<b>'])
-    f = Path(shutil.copy(gguf_path(run, 'base'), tmp_path/'a.gguf'))
-    assert not wanted_keys(f, tok, [])
+    w = GGUFWriter(tmp_path/'a.gguf', 'llama')
+    w.add_token_list(['a', 'b', 'c'])
+    w.add_tensor('token_embd.weight', np.zeros((4, 32), np.float16))
+    for o in ('header', 'kv_data', 'tensors'): getattr(w, f'write_{o}_to_file')()
+    w.close()
+    with pytest.raises(UserError, match='names 3 tokens and has embeddings for 4'): wanted_keys(tmp_path/'a.gguf', run_tokenizer(run), [])
     (other/'config.json').write_text(json.dumps({**json.loads((other/'config.json').read_text()), 'architectures': ['MambaNineForCausalLM']}))
     with pytest.raises(UserError, match='MambaNineForCausalLM'): write_base_gguf(run, other)
 
@@ -111,6 +114,46 @@ def test_a_model_whose_converter_reads_the_old_tokenizer_gets_the_one_of_the_bas
     with staged(r, d, tok) as f:
         assert (f/'tokenizer.model').read_bytes()==b'sp' and json.loads((f/'tokenizer_config.json').read_text())['added_tokens_decoder'][str(tok.eos_token_id)]==dict(content=tok.eos_token, special=True)
         assert (f/'model.safetensors').stat().st_size==(d/'model.safetensors').stat().st_size and json.loads((f/'config.json').read_text())['model_type']=='gemma2'
+
+def pieces(folder, rows=0):
+    "A tokenizer of Llama 2's kind, trained on a text, and a tiny model with `rows` more embeddings than it has tokens"
+    import torch
+    from tokenizers import Tokenizer, decoders as D, models, normalizers as N, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    t, special, single = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True)), ['<unk>', '<s>', '</s>'], [f'<0x{i:02X}>' for i in range(256)]
+    t.normalizer = N.Sequence([N.Prepend('\u2581'), N.Replace(' ', '\u2581')])
+    t.train_from_iterator(Path(__file__).read_text().splitlines(), trainers.BpeTrainer(vocab_size=900, special_tokens=special+single, max_token_length=12, show_progress=False))
+    o = json.loads(t.to_str())
+    v, o['added_tokens'] = o['model']['vocab'], [a for a in o['added_tokens'] if a['content'] in special]
+    o['model']['merges'] = [[w[:i], w[i:]] for w,_ in sorted(v.items(), key=lambda x: x[1]) if w not in special+single for i in range(1, len(w)) if w[:i] in v and w[i:] in v] # every way to a piece, as of a sentencepiece model
+    t = Tokenizer.from_str(json.dumps(o))
+    t.decoder = D.Sequence([D.Replace('\u2581', ' '), D.ByteFallback(), D.Fuse(), D.Strip(' ', 1, 0)])
+    t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='<unk>')
+    tok.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role=='assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=len(tok)+rows)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return tok
+
+def test_pieces_merge_in_the_order_of_the_tokenizer(tmp_path, tokenizer):
+    tok = pieces(tmp_path)
+    scores, v = piece_scores(tok, len(tok)+2), tok.get_vocab()
+    first = json.loads(tok.backend_tokenizer.to_str())['model']['merges']
+    assert scores[v[''.join(first[0])]]==0>scores[v[''.join(first[-1])]] and len(scores)==len(tok)+2 and not scores[:259].any()
+    assert piece_scores(tokenizer, 9) is None
+
+@pytest.mark.soak
+def test_a_tokenizer_with_bytes_to_fall_back_to_splits_text_in_llama_cpp_as_in_training(tmp_path):
+    "The converter gives all its tokens one score, and none to rows that have no token"
+    tok = pieces(tmp_path/'base', rows=8)
+    run = Run(tmp_path/'run', make_recipe(dict(model_name_or_path=str(tmp_path/'base'), dataset='demo')))
+    f = write_base_gguf(run, tmp_path/'base').path
+    with Engine(f) as e:
+        for text in ('Hello there 123', 'gr\u00f6\u00dfer \u6771\u4eac', '  two  spaces', tok.apply_chat_template([dict(role='user', content='Who is it?')], tokenize=False)):
+            assert e.tokenize(text)==tok(text, add_special_tokens=False)['input_ids']
+        assert e.add_bos and e.eog=={tok.eos_token_id} and len(e.logits([1, 2, 3]))==3
+    assert reference(tmp_path/'base', tmp_path/'ref.gguf') and keys(tmp_path/'ref.gguf', 'tokenizer.ggml.scores')==[-1000] # else `piece_scores` is no longer needed
 
 def test_added_tokens_are_no_matter_for_an_adapter(made, tmp_path):
     run, *_ = made
