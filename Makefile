@@ -6,11 +6,12 @@ export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test soak lab docs bench clean
+.PHONY: help setup demo test soak vllm-env lab docs bench clean
 help:
 	@echo "make demo   fine-tune the small model on the bundled data, from nothing to a proven adapter"
 	@echo "make test   what CI runs"
 	@echo "make soak   the longer checks"
+	@echo "make vllm-env  vLLM for the CPU in an environment of its own, for tests/test_vllm.py and ftnb serve --engine vllm"
 	@echo "make lab    JupyterLab on the stages and the runs"
 	@echo "make docs   the site, in _docs/"
 	@echo "make bench  the benchmarks, into bench/results/"
@@ -37,6 +38,10 @@ test: setup
 
 soak: setup
 	@$(PY) -m pytest -m soak
+
+VLLM ?= .venv-vllm
+vllm-env:
+	@$(PYTHON) tools/vllm_env.py $(VLLM)
 
 lab: setup
 	@$(BIN)/jupyter lab --notebook-dir=. nbs/stages/1_prepare.ipynb

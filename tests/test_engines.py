@@ -35,6 +35,22 @@ def test_every_field_of_a_job_reaches_vllm(monkeypatch):
     plain = vllm_command(Job('/m/merged', 'demo'), 9000)
     assert '--enable-lora' not in plain and '--max-model-len' not in plain and '--enable-prefix-caching' in plain
 
+def test_vllm_on_a_cpu_compiles_nothing_and_is_told_how_much_its_cache_may_take():
+    cmd = vllm_command(Job('m', use_cpu=True, cache_bytes=2**30), 1)
+    assert '--enforce-eager' in cmd and after(cmd, '--kv-cache-memory-bytes')==str(2**30)
+    assert not {'--enforce-eager', '--kv-cache-memory-bytes'} & {*vllm_command(Job('m', cache_bytes=2**30), 1)}
+
+def test_vllm_reports_to_nobody(monkeypatch, tmp_path):
+    monkeypatch.setitem(E.engines, 'vllm', E.engines['vllm']._replace(command=lambda j, port: [sys.executable, '-c', 'import os; raise SystemExit("says "+os.environ["VLLM_NO_USAGE_STATS"])'], module='json'))
+    monkeypatch.delenv('FTNB_VLLM_PYTHON', raising=False)
+    with pytest.raises(UserError, match='says 1'): Engine('vllm', Job('m'), tmp_path/'log')
+
+def test_of_vllms_pages_of_traceback_the_first_error_is_told(monkeypatch, tmp_path):
+    lines = ['(APIServer pid=1) ERROR 11-29 02:56:33 [repo_utils.py:126] Error parsing config for adapter: no model_type', *['(VllmWorker-0 pid=3) ERROR 11-29 02:57:34 [multiproc_executor.py:953]   File "worker.py", line 1']*300,
+        '(VllmWorker-0 pid=3) ERROR 11-29 02:57:34 [multiproc_executor.py:953] ValueError: Available memory is less than desired', '(EngineCore pid=2) ERROR 11-29 02:57:39 [core.py:1510] Exception: WorkerProc initialization failed', 'RuntimeError: Engine core initialization failed. See root cause above.']
+    fake(monkeypatch, f'print({chr(10).join(lines)!r}); raise SystemExit(1)')
+    with pytest.raises(UserError, match='ended while it loaded m: ValueError: Available memory is less than desired. Its log'): Engine('llama_cpp', Job('m'), tmp_path/'log')
+
 def test_a_rank_that_vllm_does_not_take_is_one_sentence():
     with pytest.raises(UserError, match='max_lora_rank: 600 .* serve_format: merged'): vllm_command(Job('m', adapters=dict(a='a'), max_lora_rank=600), 1)
 

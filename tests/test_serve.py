@@ -224,3 +224,46 @@ def test_vllm_is_given_the_base_the_adapters_and_the_runs_own_tokenizer(runs, mo
     j, = p.jobs
     assert p.format=='adapter' and j.adapters==dict(one=str(runs[0].path('adapter')), two=str(runs[1].path('adapter'))) and j.max_lora_rank==8 and j.tokenizer==str(runs[0].path('adapter'))
     assert j.model==runs[0].recipe.model_name_or_path and p.names==dict(one=(0, 'one'), two=(0, 'two'), base=(0, None))
+
+@pytest.mark.parametrize('args,says', [(['-p', 'lora_r=3'], 'a server does not read that'), (['--api-key-env', 'MY_KEY'], 'no such environment variable'), (['--host', '0.0.0.0'], 'FTNB_API_KEY'), (['--format', 'q9'], 'serve_format'), (['--port', '70000'], 'port')])
+def test_a_wrong_option_of_ftnb_serve_is_exit_2(runs, capsys, args, says):
+    from ftnb.cli import main
+    assert main(['serve', 'two', *args])==2
+    err = capsys.readouterr().err
+    assert says in err and len(err.strip().splitlines())==1
+
+def done(run, *stages):
+    "As if these stages had ended well"
+    from ftnb.runs import begin, end
+    for s in stages: begin(run, s); end(run, s, line=s)
+    return run
+
+def test_stage_6_wants_the_export_first(runs, tmp_path, monkeypatch):
+    from ftnb.stages import start_stage
+    monkeypatch.chdir(tmp_path)
+    run = done(Run(shutil.copytree(runs[0].folder, tmp_path/'run')), 'prepare', 'plan', 'train')
+    with pytest.raises(UserError, match='is not exported with these values: run 5_export on it first'): start_stage('serve', dict(output_dir=str(run.folder)))
+
+@pytest.mark.soak
+def test_stage_6_starts_asks_measures_and_stops(runs, tmp_path):
+    from ftnb.stages import run_stage
+    run = done(Run(shutil.copytree(runs[0].folder, tmp_path/'run')), 'prepare', 'plan', 'train', 'evaluate', 'export')
+    st = run_stage(run, 'serve')
+    rep = run.report('serve')
+    assert st['status']=='done' and st['line']==rep['line'] and rep['ok'] and rep['n']==3 and run.path('6_serve.ipynb').exists()
+    assert not [p for p in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(p.info['cmdline'] or [])]
+    assert j.use_cpu and j.cache_bytes>2**16 and j.max_model_len==512 # on a CPU, where vLLM would ask for nine tenths of all memory
+    with pytest.raises(UserError, match='max_lora_rank: 4 is less than the rank 8'): plan_serving(with_values(runs[0], serve_engine='vllm', serve_adapters=['two'], max_lora_rank=4))
+
+@pytest.mark.parametrize('more,word', [(dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(use_dora=True), 'method dora'), (dict(bias='all'), 'bias all'), (dict(init_lora_weights='pissa'), 'init_lora_weights pissa'), (dict(trainable_token_indices=[3]), 'trainable_token_indices')])
+def test_an_adapter_that_vllm_does_not_take_is_served_merged_or_refused_by_its_cause(runs, monkeypatch, tmp_path, more, word):
+    from safetensors.numpy import save_file
+    monkeypatch.setenv('FTNB_VLLM_PYTHON', sys.executable)
+    run = Run(shutil.copytree(runs[0].folder, tmp_path/'odd', ignore=shutil.ignore_patterns('logs')))
+    run.path('adapter').mkdir(exist_ok=True)
+    write_json(run.path('adapter', 'adapter_config.json'), {**dict(peft_type='LORA', r=4, target_modules=['q_proj']), **more})
+    save_file(dict(a=np.zeros((2, 2), 'float32')), run.path('adapter', 'adapter_model.safetensors'))
+    assert choose(with_values(run, serve_engine='vllm'))[0]=='merged'
+    with pytest.raises(UserError, match=f'vLLM takes no adapter with {word}, as that of odd is; serve the merged model: serve_format: merged'): choose(with_values(run, serve_engine='vllm', serve_format='adapter'))
+    shutil.rmtree(run.path('merged'))
+    with pytest.raises(UserError, match='ftnb export odd --formats merged makes it'): choose(with_values(run, serve_engine='vllm'))

@@ -15,7 +15,7 @@ def make(folder, *more):
     torch = next(l for l in LOCK.read_text().splitlines() if l.startswith('torch=='))
     if pip(py, torch, *more) and pip(py, torch, '--extra-index-url', TORCH, *more): raise SystemExit(f'{torch} was found neither by pip as it is set up here nor at {TORCH}.')
     if pip(py, '-r', LOCK, *more): raise SystemExit(f'Not everything in {LOCK} could be installed; pip says above what was not.')
-    subprocess.run([py, '-c', CHECK], check=True)
+    if subprocess.run([py, '-c', CHECK]).returncode: raise SystemExit(f'Everything was installed into {folder}, and vLLM can not be imported; the reason stands above.')
     print(f'made in {time.time()-t:.0f} s: export FTNB_VLLM_PYTHON={py}')
 
 if __name__=='__main__':
