@@ -48,6 +48,7 @@ def listen(
     port:int, # 0: any that is free
 )->socket.socket: # Bound; nobody else can take it
     "The socket of a server; a `UserError` that names who has the port, and a free one"
+    if not 0<=port<=65535: raise UserError(f'port: {port} is not from 0 to 65535.')
     s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

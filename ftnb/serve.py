@@ -173,7 +173,7 @@ class Server:
             self._thread.join(10)
     def __enter__(self): return self
     def __exit__(self, *_): self.stop()
-    def __repr__(self): return f'{self.run.name} at {self.url}: {", ".join(self.names)} ({self.engines[0].row.title}, {self.plan.format})'
+    def __repr__(self): return f'{self.run.name} at {self.url}: {", ".join(self.names)} ({self.engines[0].row.title}, {self.plan.format}{"" if self.engines[0].alive else ", stopped"})'
 
 def serving(
     run, # A `Run`, its name or its folder
