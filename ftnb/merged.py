@@ -64,7 +64,7 @@ def merge(
     "Add the adapter to the base in float32; `ref.model` is the plain model afterwards"
     if not isinstance(ref.model, PeftModel): return None
     ref.model = ref.model.merge_and_unload(safe_merge=True)
-    return distance(ref.logits, logits_of(ref.model, ref.rows))['logits']
+    return distance(ref.logits[:4], logits_of(ref.model, ref.rows[:4]))['logits'] # a wrong sum shows on any row
 
 # %% ../nbs/37ac_merged.ipynb #b79578ff
 def cast(

@@ -75,7 +75,7 @@ def work_device(
 def prompts(
     run:Run, # With prepared data
     vocab:int, # Size of the vocabulary
-    rows:int=12, # At most so many
+    rows:int=8, # At most so many
 )->list: # Token ids of each row
     "Rows of the test set, or of what there is"
     n = max(8, min(256, 2**29//(rows*vocab)))
