@@ -79,7 +79,7 @@ class Engine:
         cache_type:str='f16', # Precision of keys and values, f16 or f32
         rehearsed:bool=False, # It has been opened in another process already
     ):
-        self.path, self._model, self._ctx, self._batch, self._lora, self._eog = Path(path), None, None, None, None, None
+        self.path, self._model, self._ctx, self._batch, self._lora, self._eog, self._held = Path(path), None, None, None, None, None, ()
         self.L = library()
         for f in (path, lora) if lora else (path,): check_gguf(f)
         if not rehearsed: rehearse(path, lora)
@@ -119,7 +119,7 @@ class Engine:
     )->'Engine':
         "Switch the adapter on, off, or to a part of its strength"
         if self._lora is None: raise UserError(f'{self.path} was opened without lora=, so there is no adapter to switch.')
-        one, by = (C.c_void_p*1)(self._lora), (C.c_float*1)(scale)
+        self._held, one, by = (), (C.c_void_p*1)(self._lora), (C.c_float*1)(scale)
         if self.L.llama_set_adapters_lora(self._ctx, one, 1 if scale else 0, by): raise UserError(f'llama.cpp did not take the adapter on {self.path}: {said()}.')
         return self
 
@@ -201,9 +201,14 @@ def _decode(self:Engine, part, at, which):
     if self.L.llama_decode(self._ctx, self._batch): raise UserError(f'llama.cpp can not run {n} tokens at {at} in {self.path}: {said() or "it gives no reason"}.')
 
 @patch
-def _pieces(self:Engine, ids):
-    self.L.llama_memory_clear(self.L.llama_get_memory(self._ctx), True)
-    for i in range(0, len(ids), self.n_batch): yield i, ids[i:i+self.n_batch]
+def _pieces(self:Engine, ids, held=()):
+    memory, k = self.L.llama_get_memory(self._ctx), 0
+    while k<min(len(held), len(ids)-1) and held[k]==ids[k]: k += 1
+    self._held = ()
+    if not k or not self.L.llama_memory_seq_rm(memory, 0, k, -1): # some architectures keep no part of a row
+        self.L.llama_memory_clear(memory, True)
+        k = 0
+    for i in range(k, len(ids), self.n_batch): yield i, ids[i:i+self.n_batch]
 
 @patch
 def logits(self:Engine,
@@ -222,9 +227,10 @@ def greedy(self:Engine,
     ids:list, # Tokens of a prompt
     max_new_tokens:int, # At most so many more
 )->list: # The last one is in `eog` if the answer ended by itself
-    "The most likely answer to a prompt, token by token"
+    "The most likely answer to a prompt, token by token; what it begins with like the prompt before is not read again"
     ids, new = self._check(ids), []
-    for i,part in self._pieces(ids): self._decode(part, i, [0]*(len(part)-1)+[int(i+len(part)==len(ids))])
+    for i,part in self._pieces(ids, self._held): self._decode(part, i, [0]*(len(part)-1)+[int(i+len(part)==len(ids))])
+    self._held = tuple(ids)
     while len(new)<max_new_tokens:
         new.append(int(np.ctypeslib.as_array(self.L.llama_get_logits(self._ctx), (self.n_vocab,)).argmax()))
         if new[-1] in self.eog or len(new)==max_new_tokens or len(ids)+len(new)>self.n_ctx: break

@@ -70,7 +70,7 @@ def said()->str: # Empty if it said nothing
 
 functions = dict(llama_log_set=(None, _L, _p), llama_backend_init=(None,), llama_model_default_params=(ModelParams,), llama_context_default_params=(ContextParams,),
     llama_model_load_from_file=(_p, _s, ModelParams), llama_model_free=(None, _p), llama_init_from_model=(_p, _p, ContextParams), llama_free=(None, _p), llama_get_memory=(_p, _p),
-    llama_memory_clear=(None, _p, C.c_bool), llama_model_get_vocab=(_p, _p), llama_vocab_n_tokens=(_i, _p), llama_model_n_ctx_train=(_i, _p), llama_model_chat_template=(_s, _p, _s),
+    llama_memory_clear=(None, _p, C.c_bool), llama_memory_seq_rm=(C.c_bool, _p, _i, _i, _i), llama_model_get_vocab=(_p, _p), llama_vocab_n_tokens=(_i, _p), llama_model_n_ctx_train=(_i, _p), llama_model_chat_template=(_s, _p, _s),
     llama_vocab_is_eog=(C.c_bool, _p, _i), llama_vocab_get_add_bos=(C.c_bool, _p), llama_vocab_bos=(_i, _p), llama_vocab_eos=(_i, _p), llama_n_ctx=(C.c_uint32, _p), llama_n_batch=(C.c_uint32, _p),
     llama_n_threads=(_i, _p), llama_n_threads_batch=(_i, _p), llama_batch_init=(Batch, _i, _i, _i), llama_batch_free=(None, Batch), llama_decode=(_i, _p, Batch),
     llama_get_logits=(C.POINTER(C.c_float), _p), llama_tokenize=(_i, _p, _s, _i, _p, _i, C.c_bool, C.c_bool), llama_token_to_piece=(_i, _p, _i, _p, _i, _i, C.c_bool),
