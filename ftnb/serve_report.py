@@ -47,7 +47,7 @@ def prompt_check(
         if have!=ids: return f'it is read as {len(have)} tokens and not as {len(ids)}, from token {_from(have, ids)}'
     if e.kind=='vllm':
         have = e.post('/tokenize', dict(model=s.gateway.models[s.names[0]].name, messages=messages, add_generation_prompt=True, **(dict(tools=tools) if tools else {})))['tokens']
-        if have!=ids: return f'the template makes other tokens of it, {len(have)} and not {len(ids)}, from token {_from(have, ids)}'
+        if have!=ids: return f'the prompt is made of other tokens, from token {_from(have, ids)} of {len(ids)}'
     return f'{read} tokens were read, and the prompt has {len(ids)}' if read is not None and read!=len(ids) else ''
 
 # %% ../nbs/38cb_serve_report.ipynb #fd3e4097

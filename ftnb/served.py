@@ -38,7 +38,7 @@ def server_cause(
     bare = [o if t is None else with_bos(t, o, tok) for t,o in zip(texts, asked.texts)]
     row = dict(bare=bare, prompts=[o if p is None else p for p,o in zip(prompts, asked.prompts)], probes=asked.probe_ids)
     for name in ('BOS twice', 'template', 'pre-tokenizer'):
-        if (why := causes[name](row, SimpleNamespace(asked=asked, tok=tok))): return name, why
+        if (why := causes[name](row, SimpleNamespace(asked=asked, tok=tok))): return 'template' if name=='pre-tokenizer' and None in texts else name, why # the likelier, where only tokens are told
     for i,(n,want) in enumerate(zip(counts, asked.prompts)):
         if n is not None and n!=len(want): return 'BOS twice' if n==len(want)+1 and want[:1]==[tok.bos_token_id] else 'template', f'the server read {n} tokens of question {i+1}, and the run\'s prompt has {len(want)}'
     return None, None

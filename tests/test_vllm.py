@@ -117,9 +117,9 @@ def test_the_log_holds_figures_and_no_text(server):
     assert 'secret' not in server.log.read_text()+server.engines[0].log.read_text() and l['model']=='one' and l['prompt_tokens']>5 and l['completion_tokens']>0
 
 def test_stopping_leaves_no_process(server): # the last test here: the server is gone after it
-    e = server.engines[0]
-    pids = [e.process.pid, *(p.pid for p in psutil.Process(e.process.pid).children(recursive=True))]
-    assert len(pids)>=3
+    p = psutil.Process(server.engines[0].process.pid)
+    ps = [p, *p.children(recursive=True)]
+    assert len(ps)>=3
     server.stop()
-    assert not [p for p in pids if psutil.pid_exists(p)]
+    assert not psutil.wait_procs(ps, timeout=10)[1]
     with pytest.raises(openai.APIConnectionError): client(server).models.list()
