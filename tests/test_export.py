@@ -129,7 +129,7 @@ def test_full_fine_tuning_exports_the_model_in_the_type_of_the_base(tmp_path):
 
 def test_qlora_says_how_far_the_4_bit_base_is(tmp_path):
     pytest.importorskip('bitsandbytes')
-    run = trained(tmp_path/'qlora', peft='qlora', max_steps=1, per_device_train_batch_size=1)
+    run = trained(tmp_path/'qlora', peft='qlora', max_steps=1, warmup_steps=0, per_device_train_batch_size=1)
     rep = export(run)
     assert rep['ok'] and rep['quantised_kl']>0 and '4-bit base' in rep['line']
 
