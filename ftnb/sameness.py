@@ -166,6 +166,7 @@ def gguf_says(
         asked, times = out['prompts'], []
         if asked:
             short = min(asked, key=len)
+            e.greedy(short, 1) # the prompt is read, and kept
             for k in (1, a.limit):
                 start = time.perf_counter()
                 got = e.greedy(short, k)
