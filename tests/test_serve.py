@@ -227,6 +227,7 @@ def test_vllm_is_given_the_base_the_adapters_and_the_runs_own_tokenizer(runs, mo
     assert p.format=='adapter' and j.adapters==dict(one=str(runs[0].path('adapter')), two=str(runs[1].path('adapter'))) and j.max_lora_rank==8 and j.tokenizer==str(runs[0].path('adapter'))
     assert j.model==runs[0].recipe.model_name_or_path and p.names==dict(one=(0, 'one'), two=(0, 'two'), base=(0, None))
     assert j.use_cpu and j.cache_bytes>2**16 and j.max_model_len==512 # on a CPU, where vLLM would ask for nine tenths of all memory
+    with pytest.raises(UserError, match='max_lora_rank: 4 is less than the rank 8'): plan_serving(with_values(runs[0], serve_engine='vllm', serve_adapters=['two'], max_lora_rank=4))
 
 @pytest.mark.parametrize('args,says', [(['-p', 'lora_r=3'], 'a server does not read that'), (['--api-key-env', 'MY_KEY'], 'no such environment variable'), (['--host', '0.0.0.0'], 'FTNB_API_KEY'), (['--format', 'q9'], 'serve_format'), (['--port', '70000'], 'port')])
 def test_a_wrong_option_of_ftnb_serve_is_exit_2(runs, capsys, args, says):
@@ -255,7 +256,6 @@ def test_stage_6_starts_asks_measures_and_stops(runs, tmp_path):
     rep = run.report('serve')
     assert st['status']=='done' and st['line']==rep['line'] and rep['ok'] and rep['n']==3 and run.path('6_serve.ipynb').exists()
     assert not [p for p in psutil.process_iter(['cmdline']) if str(tmp_path) in ' '.join(p.info['cmdline'] or [])]
-    with pytest.raises(UserError, match='max_lora_rank: 4 is less than the rank 8'): plan_serving(with_values(runs[0], serve_engine='vllm', serve_adapters=['two'], max_lora_rank=4))
 
 @pytest.mark.parametrize('more,word', [(dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(use_dora=True), 'method dora'), (dict(bias='all'), 'bias all'), (dict(init_lora_weights='pissa'), 'init_lora_weights pissa'), (dict(trainable_token_indices=[3]), 'trainable_token_indices')])
 def test_an_adapter_that_vllm_does_not_take_is_served_merged_or_refused_by_its_cause(runs, monkeypatch, tmp_path, more, word):
