@@ -77,10 +77,10 @@ def prompts(
     vocab:int, # Size of the vocabulary
     rows:int=8, # At most so many
 )->list: # Token ids of each row
-    "Rows of the test set, or of what there is"
+    "Rows of the test set, or of what there is; of a pair the side that was chosen"
     n = max(8, min(256, 2**29//(rows*vocab)))
     ds = next(ds for s in ('test', 'valid', 'train') if (ds := token_data(run, s)) is not None)
-    return [o[:n] for o in ds[:rows]['input_ids']]
+    return [(o['input_ids'] if 'input_ids' in o else o['prompt_ids']+o['chosen_ids' if 'chosen_ids' in o else 'completion_ids'])[:n] for o in (ds[i] for i in range(min(rows, len(ds))))]
 
 def logits_of(model, rows:list)->list:
     "Float32 logits of each row, (tokens, vocabulary), on the CPU"

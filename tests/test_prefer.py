@@ -16,6 +16,7 @@ from ftnb.loss import Counted
 from ftnb.prefer import build_trainer, config_class, find_orpo, in_order, needs_order
 from ftnb.recipe import make_recipe
 from ftnb.runs import Run
+from ftnb.export import export
 from ftnb.train import Stopped, make_trainer, train
 
 def said(role, text): return [dict(role=role, content=text)]
@@ -113,6 +114,12 @@ def test_each_method_trains_saves_and_reports_like_the_first(prepared, method):
     logs = run.events('log')
     assert [e['step'] for e in logs]==[1, 2, 3] and all('rewards/chosen' in e and 'logps/chosen' in e for e in logs if 'rewards/margins' in e) and any('rewards/margins' in e for e in logs)
     if method=='kto': assert all('kl' in e for e in logs)
+
+@pytest.mark.parametrize('method', ['dpo', 'kto'])
+def test_what_was_trained_on_preferences_is_exported_like_the_rest(prepared, method):
+    run = prepared(method, n_valid=2, warmup_steps=0, export_formats=['adapter', 'merged'], max_certify_samples=2, max_new_tokens=4)
+    train(run)
+    assert [(o['format'], o['verdict']) for o in export(run)['formats']]==[('adapter', 'ok'), ('merged', 'ok')]
 
 @pytest.mark.parametrize('method', ['dpo', 'kto'])
 def test_with_peft_full_the_reference_stays_where_training_started(prepared, method):
