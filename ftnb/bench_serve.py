@@ -27,6 +27,7 @@ class Load:
     answers:list # `Answer`s
     seconds:float # From the first request to the end of the last
     errors:int=0 # Requests that failed
+    error:str='' # What the first of them said
 
 def run_load(
     ask, # Takes a prompt, gives an `Answer`
@@ -46,7 +47,7 @@ def run_load(
     t = clock()
     with ThreadPoolExecutor(clients) as pool: [f.result() for f in [pool.submit(client) for _ in range(clients)]]
     if not out and errors: raise UserError(f'No request was answered: {errors[0]}')
-    return Load(out, clock()-t, len(errors))
+    return Load(out, clock()-t, len(errors), f'{type(errors[0]).__name__}: {errors[0]}' if errors else '')
 
 def percentile(
     xs:list, # Numbers
@@ -66,7 +67,7 @@ def sum_loads(
     total = [sum(a.completion_tokens or 0 for a in l.answers)/l.seconds for l in loads]
     one = [statistics.median(s) for l in loads if (s := [a.speed for a in l.answers if a.speed])]
     return dict(first_p50=percentile(first, 50), first_p95=percentile(first, 95), one=statistics.median(one) if one else None, all=statistics.median(total), all_low=min(total), all_high=max(total),
-        requests=len(answers), errors=sum(l.errors for l in loads), answer_tokens=statistics.mean(a.completion_tokens or 0 for a in answers), prompt_tokens=statistics.mean(a.prompt_tokens or 0 for a in answers))
+        requests=len(answers), errors=sum(l.errors for l in loads), error=next((l.error for l in loads if l.error), ''), answer_tokens=statistics.mean(a.completion_tokens or 0 for a in answers), prompt_tokens=statistics.mean(a.prompt_tokens or 0 for a in answers))
 
 # %% ../nbs/38d_bench_serve.ipynb #afac75b3
 def _high(pid):
@@ -176,7 +177,7 @@ def _ms(x): return None if x is None else f'{1000*x:.0f} ms'
 def _num(x, f='.0f'): return None if x is None else format(x, f)
 def row_line(r:dict)->str:
     "A measured load in one line"
-    return f'{r["format"]}, {r["clients"]} client{"s"*(r["clients"]>1)}: first token {_ms(r["first_p50"])} (95 % within {_ms(r["first_p95"])}), {_num(r["all"])} tokens/s, {size(r["memory"])}'+(f', {r["errors"]} failed' if r['errors'] else '')
+    return f'{r["format"]}, {r["clients"]} client{"s"*(r["clients"]>1)}: first token {_ms(r["first_p50"])} (95 % within {_ms(r["first_p95"])}), {_num(r["all"])} tokens/s, {size(r["memory"])}'+(f', {r["errors"]} failed ({r["error"]})' if r['errors'] else '')
 
 @dataclass
 class BenchServe:
