@@ -6,7 +6,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 # With a few steps, for `make test`; a notebook that is not named runs as it stands
 quick = dict(your_data={}, schedule=dict(max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4), one_gpu=dict(eval_strategy='no', max_steps=2, max_train_samples=24, max_eval_samples=2, max_new_tokens=4),
-    preferences=dict(rows=8, held_out_rows=2, batch=2, max_steps=1, few_steps=1, max_new_tokens=4), several_adapters=dict(rows=16, held_out_rows=2, batch=2, max_steps=1, max_new_tokens=4), lora_or_qlora=dict(rows=12, held_out_rows=2, batch=2, max_steps=1))
+    preferences=dict(rows=8, held_out_rows=2, batch=2, max_steps=1, few_steps=1, max_new_tokens=4), several_adapters=dict(rows=16, held_out_rows=2, batch=2, max_steps=1, max_new_tokens=4), lora_or_qlora=dict(rows=12, held_out_rows=2, batch=2, max_steps=1),
+    export_and_serve=dict(max_train_samples=24, max_steps=2, max_new_tokens=12, max_certify_samples=2, formats=['adapter', 'q8_0']))
 demo_quick = dict(max_steps=2, max_train_samples=24, max_eval_samples=4, max_new_tokens=4, per_device_train_batch_size=4, logging_steps=1, save_strategy='no')
 PLACES = re.compile(r'(?<![\w.])/(?:work|root|home|tmp|Users|usr|opt|var|content)/\w|\bat 0x[0-9a-f]{6,}')
 
