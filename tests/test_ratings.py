@@ -202,7 +202,7 @@ def test_a_new_panel_goes_on_where_the_last_one_was_killed(tmp_path):
     f.write_bytes(f.read_bytes()+b'{"key": "abc", "cho')
     p = rating_panel(rows(5), f)
     assert (len(p.done), said(p.pair['prompt']))==(2, 'q2') and 'that can not be read: 1' in p.text()
-    for c in ('a', 'b', 'skip'): p.choose(c)
+    for c in ('a', 'b', 'skip', 'skip'): p.choose(c) # what was skipped is asked once more
     assert p.pair is None and p.files and len(p.saved.dpo)==3 and sum(p.saved.came.values())==6 # five choices and the torn line
 
 def test_undo_goes_back_also_over_an_earlier_sitting(tmp_path):
