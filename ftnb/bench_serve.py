@@ -18,7 +18,6 @@ from .draw import svg_curves, svg_points
 from .runs import Run, hardware
 from .serve import Answer, Server, timed
 from .serve_plan import exported, formats as served, with_values
-from .serve_report import held_out_prompts
 
 # %% ../nbs/38d_bench_serve.ipynb #ec220cc5
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def quality_of(run:Run)->tuple: # (name of the score, {format: {kl, top1, score}
 
 def _measure(server, prompts, clients, repeats, limit, usual):
     "One row for each number of clients; a load that is not counted comes first"
-    ask = lambda ms: timed(server.url, dict(model=server.names[0], messages=ms, max_tokens=limit, **usual), server.key)
+    ask = lambda chat: timed(server.url, dict(model=server.names[0], max_tokens=limit, **usual, **chat), server.key)
     need = [prompts[i%len(prompts)] for i in range(max([len(prompts), 2*max(clients)]))]
     run_load(ask, need[:min(2, len(need))], min(2, max(clients)))
     with PeakMemory(server) as mem:
@@ -148,13 +147,17 @@ def bench_serve(
     **values, # Fields of the recipe for this once, such as n_parallel or serve_engine
 ): # A `BenchServe`
     "Serve each exported file and measure it; saved in `reports/bench_serve.json`"
+    from ftnb.sameness import asks # torch is loaded only here
+    from ftnb.tokenizer import run_tokenizer
     run = with_values(run, **values) if values else run
+    for k,v in dict(repeats=repeats, prompts=prompts, max_tokens=max_tokens).items():
+        if v<1: raise UserError(f'{k}: {v} is below 1.')
     engine, clients = run.recipe.serve_engine, sorted(set(clients))
     if not clients or clients[0]<1: raise UserError(f'clients: {list(clients)} has to be numbers from 1 up, such as 1,4,16.')
     if n_batch and engine!='llama_cpp': raise UserError(f'n_batch is a number of llama.cpp; {engine} has none.')
     rows, (measure, quality), have = [], quality_of(run), exported(run)
-    asked = [o['messages'] for o in held_out_prompts(run, prompts)]
-    if not asked: raise UserError(f'{run.name} has no held-out rows to ask; set test_size or valid_size.')
+    asked = asks(with_values(run, max_certify_samples=prompts), run_tokenizer(run)).chats
+    if not asked: raise UserError(f'{run.name} has no rows with messages that could be asked.')
     usual = dict(temperature=0, **(dict(cache_prompt=False) if engine=='llama_cpp' else {})) # a prompt that was read before would come back at once
     for o in sweep_of(_wanted(run, formats, engine), clients, threads, n_batch, context):
         own = {k: v for k,v in o['settings'].items() if k!='n_batch'}

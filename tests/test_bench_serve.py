@@ -58,7 +58,7 @@ def test_the_first_requests_are_not_counted_and_no_prompt_comes_from_a_cache(mon
         asked.append(body)
         return answer(first=9 if len(asked)<=2 else .1)
     monkeypatch.setattr(B, 'timed', timed)
-    rows = list(B._measure(NoServer(), ['a', 'b', 'c'], [1, 2], 2, 8, dict(temperature=0, cache_prompt=False)))
+    rows = list(B._measure(NoServer(), [dict(messages=t) for t in 'abc'], [1, 2], 2, 8, dict(temperature=0, cache_prompt=False)))
     assert [(r['clients'], r['requests'], r['first_p95'], r['memory']) for r in rows]==[(1, 6, .1, 7), (2, 8, .1, 7)] and len(asked)==2+6+8
     assert all(b['cache_prompt'] is False and b['max_tokens']==8 for b in asked)
 
@@ -94,6 +94,6 @@ def test_a_served_file_is_measured_beside_its_certificate_and_nothing_is_left_ru
     assert 'times' not in ''.join(json.dumps(e) for e in run.events('serve')) and not run.path('requests.jsonl').exists() # no prompts
     assert {p.pid for p in psutil.Process().children(recursive=True)}<=before
 
-@pytest.mark.parametrize('kw,why', [(dict(formats=['q8_0']), 'ftnb export demo --formats q8_0'), (dict(formats=['q8']), "Did you mean 'q8_0'"), (dict(clients=(0, 4)), 'from 1 up'), (dict(serve_engine='transformers', n_batch=(8,)), 'n_batch is a number of llama.cpp')])
+@pytest.mark.parametrize('kw,why', [(dict(formats=['q8_0']), 'ftnb export demo --formats q8_0'), (dict(formats=['q8']), "Did you mean 'q8_0'"), (dict(clients=(0, 4)), 'from 1 up'), (dict(prompts=0), 'prompts: 0 is below 1'), (dict(serve_engine='transformers', n_batch=(8,)), 'n_batch is a number of llama.cpp')])
 def test_what_can_not_be_measured_is_said_before_a_server_starts(run, kw, why):
     with pytest.raises(UserError, match=why): bench_serve(run, **kw)

@@ -138,7 +138,9 @@ def test_a_server_gets_its_line(done, tmp_path):
         try: return certify_server(run, server.listening_address+'/v1', 'run1', 'q8_0')
         finally: del server
     row = ask()
-    assert row['verdict']=='ok' and row['same_prompts']==4 and row['stops']==1 and row['equal']>=2
+    assert row['verdict']=='ok' and row['same_prompts']==4 and row['stops']==1 and row['as_file']>=2
     assert [o['format'] for o in run.report('certificate')['formats']]==[*FORMATS, 'server']
     with pytest.raises(UserError, match='likely cause: template'): ask("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert run.report('certificate')['line']=='certificate: server fails (template)'
+    page = run.path('reports', 'certificate.html').read_text()
+    assert 'q8_0 behind /v1/chat/completions' in page and '0 of 4' in page

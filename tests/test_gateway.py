@@ -1,5 +1,6 @@
 "The gateway before a stand-in of an engine: keys, names, streams, clients that leave, engines that fail, and what is written down"
 import asyncio, json, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 import httpx, pytest, uvicorn
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,6 +9,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from ftnb.gateway import Gateway, Model
+from ftnb.meter import Meter, Turn
 from ftnb.ports import listen
 
 SECRET = 'the patient said so'
@@ -183,6 +185,29 @@ def test_neither_prompt_nor_answer_is_written_down(seen):
     seen.lines(2)
     m = http.get(f'{seen.url}/metrics', headers={'Authorization': 'Bearer right'}).text
     assert SECRET not in seen.log.read_text() and SECRET not in m and 'right' not in m
+
+def test_no_request_is_lost_where_the_log_turns_and_the_oldest_lines_go(tmp_path):
+    log = tmp_path/'requests.jsonl'
+    m = Meter(log)
+    m.log.maxBytes = 4000
+    def some(n):
+        ts = [Turn('/v1/chat/completions', m) for _ in range(n)]
+        with ThreadPoolExecutor(8) as pool: list(pool.map(Turn.end, ts))
+        return {t.id for t in ts}
+    kept = lambda: [json.loads(l)['id'] for f in sorted(tmp_path.iterdir()) for l in f.read_text().splitlines()]
+    ids = some(50)
+    assert len(list(tmp_path.iterdir()))>2 and sorted(kept())==sorted(ids) and all(f.stat().st_size<=4000 for f in tmp_path.iterdir())
+    log.unlink() # by a person, or another server of the run that turned it
+    more = some(1)
+    assert more<={*kept()}
+    some(200)
+    assert sorted(f.name for f in tmp_path.iterdir())==['requests.jsonl', *(f'requests.jsonl.{i}' for i in (1, 2, 3))]
+
+def test_a_full_disk_costs_lines_of_the_log_and_no_answer(tmp_path, capfd):
+    with front(tmp_path, log='/dev/full') as s:
+        assert s.ask().json()['choices'][0]['message']['content']==SECRET
+        assert 'ftnb_log_lines_lost_total 1.0' in http.get(f'{s.url}/metrics', headers={'Authorization': 'Bearer right'}).text
+    assert 'Traceback' not in capfd.readouterr().err
 
 def test_the_figures_for_a_monitor_add_up(seen):
     seen.ask(); seen.ask('x', stream=True); seen.ask(model='none'); seen.lines(3)

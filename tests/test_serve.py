@@ -112,16 +112,19 @@ def test_the_log_holds_figures_and_no_text(server):
     l = json.loads(server.log.read_text().splitlines()[-1])
     assert 'secret' not in server.log.read_text()+server.engines[0].log.read_text() and l['model']=='one' and l['prompt_tokens']>5 and l['completion_tokens']==8 and l['seconds']>0
 
-def test_the_prompt_is_the_runs_own_and_a_tokenizer_of_another_template_is_told(server, runs):
-    from ftnb.serve_report import held_out_prompts, measure_server, prompt_check
+def test_the_prompt_is_the_runs_own_and_a_tokenizer_of_another_template_is_told(server, runs, monkeypatch):
+    from ftnb import tokenizer
+    from ftnb.serve_report import measure_server, server_table
     from ftnb.template import set_template
-    from ftnb.tokenizer import run_tokenizer
     rep = measure_server(server, n=2, limit=4)
-    assert rep['ok'] and rep['prompt']=='same' and rep['n']==2 and rep['memory']['ram']>2**20 and rep==runs[0].report('serve') and rep['line'] in rep.values()
-    tok, ms = run_tokenizer(runs[0]), held_out_prompts(runs[0], 1)[0]['messages']
-    assert prompt_check(server, tok, ms)=='' and '99 tokens were read' in prompt_check(server, tok, ms, read=99)
+    assert rep['ok'] and rep['prompt']=='same' and rep['certificate']['same_prompts']==rep['n']==2 and rep['memory']['ram']>2**20 and rep==runs[0].report('serve') and rep['line'] in rep.values()
+    row, = server_table(rep)
+    assert row['same prompt']=='2 of 2' and row['verdict']=='ok'
+    tok = tokenizer.run_tokenizer(runs[0])
     set_template(tok, 'generic')
-    assert 'the template writes another prompt' in prompt_check(server, tok, ms)
+    monkeypatch.setattr(tokenizer, 'run_tokenizer', lambda run: tok)
+    with pytest.raises(UserError, match="llama.cpp does not answer as one's gguf-lora file: likely cause: template .*in training"): measure_server(server, n=2, limit=4)
+    assert runs[0].report('serve')['ok'] is False and runs[0].report('serve')['certificate']['cause']=='template'
 
 def test_a_taken_port_is_told_before_anything_is_loaded(server, runs):
     t = time.time()
