@@ -56,6 +56,7 @@ def llama_params(
     p.hostnames, p.port, p.api_keys, p.ui = ['127.0.0.1'], port, [key] if key else [], False
     p.n_parallel, p.n_ctx, p.endpoint_metrics, p.endpoint_props = j.n_parallel, (j.max_model_len or 0)*j.n_parallel, True, True
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = j.n_threads or len(psutil.Process().cpu_affinity() if hasattr(psutil.Process, 'cpu_affinity') else range(os.cpu_count()))
+    p.verbosity = 2 # warnings and errors: its seven lines for each request would fill the disk
     if j.n_batch: p.n_batch = p.n_ubatch = j.n_batch
     if j.use_cpu: p.n_gpu_layers = 0
     if j.adapters:
@@ -136,7 +137,9 @@ def start_watched(
     env:dict=None, # More of the environment
 )->subprocess.Popen: # The watcher; its group is the command's
     "Start a command that ends with this process"
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    log = Path(log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists() and log.stat().st_size>10*10**6: log.replace(log.with_suffix('.old'+log.suffix))
     with open(log, 'ab') as f:
         return subprocess.Popen([sys.executable, '-I', '-S', '-c', _watch, str(os.getpid()), *cmd], stdin=subprocess.DEVNULL, stdout=f, stderr=f, env={**os.environ, **(env or {})}, start_new_session=True)
 
@@ -199,7 +202,8 @@ class Engine:
     )->str:
         "The last lines it wrote, or its first error"
         with self.log.open('rb') as f:
-            f.seek(max(self._from, f.seek(0, 2)-65536))
+            end = f.seek(0, 2)
+            f.seek(max(self._from if self._from<=end else 0, end-65536)) # a log that grew too long was begun anew
             ls = [l.strip() for l in f.read().decode(errors='replace').splitlines() if l.strip()]
         said = [m[1] for l in ls if (m := re.match(r'[\d.]+ E (.*)', l))] # llama.cpp's errors, of which the first is the cause
         said = said or [m[1] for l in ls if (m := re.search(r' ERROR .*\] (\w*(?:Error|Exception): .*)', l))] # vLLM's, from the process where it began
@@ -214,7 +218,8 @@ class Engine:
             except psutil.Error: return 0
         out = dict(ram=sum(map(rss, ps)))
         if shutil.which('nvidia-smi'):
-            said = subprocess.run(['nvidia-smi', '--query-compute-apps=pid,used_memory', '--format=csv,noheader,nounits'], capture_output=True, text=True).stdout
+            try: said = subprocess.run(['nvidia-smi', '--query-compute-apps=pid,used_memory', '--format=csv,noheader,nounits'], capture_output=True, text=True, timeout=10).stdout
+            except subprocess.TimeoutExpired: return out
             pairs = [l.split(',') for l in said.splitlines() if l.count(',')==1]
             out['gpu'] = sum(int(m)*2**20 for p,m in pairs if m.strip().isdigit() and int(p) in {o.pid for o in ps})
         return out

@@ -207,6 +207,7 @@ class Gateway:
             body, no = await self.read(request, turn)
             out = no or await self.pass_on(request, body, turn)
         except ClientDisconnect: pass
+        except Exception: out = Response(status_code=500); raise
         finally:
             if not isinstance(out, _Stream):
                 turn.status = out.status_code

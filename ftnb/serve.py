@@ -222,8 +222,11 @@ def serve(
 )->str: # Empty, or what went wrong
     "Serve a run until Ctrl-C, a SIGTERM, or the end of an engine"
     if env!='FTNB_API_KEY' and not os.environ.get(env): raise UserError(f'--api-key-env {env}: there is no such environment variable, so anybody could ask.')
-    def over(*_): raise KeyboardInterrupt
-    old = signal.signal(signal.SIGTERM, over) if threading.current_thread() is threading.main_thread() else None
+    def over(*_):
+        for k in kept: signal.signal(k, signal.SIG_IGN) # a second one would cut the stopping short
+        raise KeyboardInterrupt
+    kept = {k: signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(k)!=signal.SIG_IGN} if threading.current_thread() is threading.main_thread() else {}
+    for k in kept: signal.signal(k, over)
     try:
         run = run if isinstance(run, Run) else Run(run_folder(str(run)))
         with Server(with_values(run, **values) if values else run, host, port, env=env) as s:
@@ -232,4 +235,4 @@ def serve(
             return wrong
     except KeyboardInterrupt: return ''
     finally:
-        if old is not None: signal.signal(signal.SIGTERM, old)
+        for k,v in kept.items(): signal.signal(k, v)
