@@ -75,7 +75,8 @@ def disk_need(
         return round(params*(_per_weight[kinds[kind][1]]+.1))
     need = {k: file(k) for k in formats if k in gguf_kinds}
     if (source := source_kind(formats)): need.setdefault(source, file(source))
-    if source or 'merged' in formats: need['merged'] = params*dict(float32=4).get(r.merge_dtype if r.merge_dtype!='auto' else str(config.get('dtype') or config.get('torch_dtype') or ''), 2)
+    if source or 'merged_4bit' in formats: need['source'] = 2*params # merged, for as long as the others are made of it
+    if 'merged' in formats: need['merged'] = params*dict(float32=4).get(r.merge_dtype if r.merge_dtype!='auto' else str(config.get('dtype') or config.get('torch_dtype') or ''), 2)
     if 'merged_4bit' in formats: need['merged_4bit'] = round(params*.75)
     if 'gguf-lora' in formats: need['base'] = file('f16')
     return sum(need.values())

@@ -128,12 +128,12 @@ def _evaluation(r:Recipe, s:Step, data:Data)->tuple:
     if not data.known: return r.per_device_eval_batch_size, min(s.length, r.max_length)
     return (min(r.per_device_eval_batch_size, data.eval_rows), data.eval_longest) if data.eval_rows else None
 
-def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int, resident):
+def _stages(r:Recipe, s:Step, data:Data, steps:int, f, lengths:int, room:int, resident, here:int=None):
     "Memory of every stage; an answer is let grow to twice the longest reference, as in evaluation"
     n, longest = data.test or _evaluation(r, s, data) or (r.per_device_eval_batch_size, data.longest)
     e = min(n, r.per_device_eval_batch_size), longest
     answer = max(1, round(e[1]*data.trained_share)) if data.known else e[1]//2
-    return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room, resident)
+    return stage_memory(r, s, steps, e, max(1, e[1]-answer), 2*answer, lengths, f, room, here, resident)
 
 def _room(m, d, here)->list:
     "Sentences about stages that the machine has not the room for"
@@ -202,8 +202,8 @@ def plan(
         closed = with_ram(forecast, **ram)
         mem, f = _memory(s, d, with_ram(how, **ram))
         resident = ram_of(s, f=f, **ram) if f.ram else None
-        every = _stages(r, s, data, sched.total, f, lengths, memory_of(d), resident)
-        notes += [*f.notes, *_room(every, d, memory_of(this_machine(True)) if here or here is None and gpu is None else None)]
+        every = _stages(r, s, data, sched.total, f, lengths, memory_of(d), resident, has := memory_of(this_machine(True)) if here or here is None and gpu is None else None)
+        notes += [*f.notes, *_room(every, d, has)]
         if r.max_length>(arch.max_position_embeddings or r.max_length): notes.append(f'max_length: {r.max_length:,} is over the {arch.max_position_embeddings:,} positions of the model')
     except UserError as e: notes.append(f'no forecast of memory: {e}')
     counted = data.rows or r.max_steps>0

@@ -216,8 +216,8 @@ def write_shards(
         for n in names:
             t = parts.tensor(n)
             if t.is_floating_point():
-                high = max(high, t.abs().max().item() if t.numel() else 0.)
-                t = t.to(torch.float32).to(dtype)
+                if t.numel(): high = max(high, *(abs(o.item()) for o in t.aminmax()))
+                t = (t.to(torch.float32) if t.dtype==torch.float64 else t).to(dtype)
             out[n] = t.contiguous()
             parts.forget(n)
         save_file(out, str(to/file), metadata=dict(format='pt'))

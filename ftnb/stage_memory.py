@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MiB', 'libraries', 'kernel', 'kernels', 'small', 'big', 'apart', 'gguf_bits', 'Resident', 'shapes_of', 'holes',
-           'ram_of', 'with_ram', 'stages_table', 'StageMemory', 'file_bytes', 'stage_memory']
+           'ram_of', 'with_ram', 'stages_table', 'StageMemory', 'held_in', 'shard_bytes', 'file_bytes', 'stage_memory']
 
 # %% ../nbs/16f_phases.ipynb #cf800154
 from dataclasses import dataclass, replace
+import math, re
 from math import prod
 from .arch import Arch
 from .base import Table, gib, size
@@ -119,6 +120,20 @@ def _checkpoints(r:Recipe, f:Forecast, steps:int)->tuple:
     keep = min(made, (r.save_total_limit or made)+1) # the oldest goes when the next one is there
     return keep, f.by_owner.get('trained weights', 0)+(0 if r.save_only_model else f.by_owner.get('optimizer', 0))
 
+def held_in(
+    params:int, # Weights of a model
+    room:dict, # Free bytes by kind of device, the first choice first
+)->tuple: # (kind of device, bytes of a weight: 4 or 2); None: there is no room at all
+    "Where an export holds the trained model: in float32 where that fits, else in 16 bits"
+    return next(((k, b) for b in (4, 2) for k in room if params*b*1.15<=room[k]), None)
+
+def shard_bytes(
+    size:str, # As `max_shard_size`: 5GB, 300MB, ...
+)->int:
+    "The bytes of one weight file"
+    number, unit = re.fullmatch(r'([\d.]+) *([KMGT]?)B?', size.strip().upper()).groups()
+    return round(float(number)*1000**' KMGT'.index(unit or ' '))
+
 def file_bytes(config:dict, arch:Arch)->int:
     "Bytes of the model's weight files"
     name = str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16').removeprefix('torch.')
@@ -134,6 +149,7 @@ def stage_memory(
     lengths:int=64, # Different lengths of batches
     f:Forecast=None, # Of the step; None: by the closed form
     room:int=None, # Bytes of the GPU; a merge that has not the room on it is in RAM. None: enough
+    ram:int=None, # Bytes of RAM; a merge that has not the room there either goes shard by shard. None: enough
     resident:Resident=None, # Of the training process on a CPU; None: counted here
 )->StageMemory:
     "GPU memory, RAM and disk of loading, training, evaluating, merging and converting"
@@ -145,11 +161,14 @@ def stage_memory(
     ev = s.but(batch=n, padded=n>1, packed=False, autocast=None, dtype=half)
     ask, loss = inference(ev.but(length=prompt or max(1, row//2)), cache=(prompt or max(1, row//2))+new), inference(ev.but(length=row), head='loss')
     second = ask.by_owner.get('trained weights', 0) if full else 0 # base and tuned model
-    whole, logits = arch.params*4, (2*12+5)*max(8, min(256, 2**29//(12*arch.vocab_size)))*arch.vocab_size*4 # of 12 rows before and after, and five times one row while they are compared
-    here = cuda and whole<=(room or whole)
+    logits = (2*12+5)*max(8, min(256, 2**29//(12*arch.vocab_size)))*arch.vocab_size*4 # of 12 rows before and after, and five times one row while they are compared
+    where, width = held_in(arch.params, {**(dict(cuda=room or math.inf) if cuda else {}), 'cpu': ram or math.inf}) or ('cpu', 2)
+    here, whole, parts = where=='cuda', arch.params*width, width==2
     keep, one = _checkpoints(r, f, steps)
     own = f.by_owner.get('trained weights', 0)
     shipped = arch.params*itemsize.get(r.merge_dtype, 2) if 'merged' in r.export_formats else 0
+    shard = min(shard_bytes(r.max_shard_size), shipped or 2*arch.params)+3*4*max(l.in_features*l.out_features for l in arch.linears() if l.name!='lm_head') # a file, and a layer in float32 with what is added to it
+    merge = max(0 if here else whole, shard if parts else 0)
     resident = None if cuda else resident or ram_of(s, (n, row) if r.eval_strategy!='no' else None, lengths, f)
     asked = [k for k in r.export_formats if k in gguf_bits]
     files = asked if {'f16', 'bf16'}&set(asked) else ['f16', *asked] if asked else ['f16', 'q4_k_m'] # the others are quantised from 16 bits
@@ -157,6 +176,6 @@ def stage_memory(
     rows = [at('load', base+(2*largest if s.bits<16 else 0), file_bytes(s.config, arch), f'{arch.params:,} weights'+(f' in {s.bits} bits' if s.bits<16 else f' in {s.dtype}')),
         at('train', f.peak, keep*one+own, f'peak in: {f.phase}; {keep} checkpoints', resident and resident.likely),
         at('evaluate', max(ask.peak, loss.peak)+second, 0, f'{n} answers of {new:,} tokens at a time'+('; two models' if full else '')),
-        dict(stage='merge', gpu=whole if here else 0, ram=libraries+logits+(0 if here else whole), disk=own+shipped, what='in float32'+(', in RAM: the GPU has not the room' if cuda and not here else '')),
+        dict(stage='merge', gpu=whole if here else 0, ram=libraries+logits+merge, disk=own+shipped, what=('shard by shard, the rest in 16 bits: float32 has not the room' if parts else 'in float32')+(', in RAM: the GPU has not the room' if cuda and not here else '')),
         dict(stage='convert', gpu=0, ram=libraries+4*largest, disk=round(arch.params*sum(gguf_bits[k] for k in files)/8), what=f'GGUF: {", ".join(files)}', asked=bool(asked))]
     return StageMemory(rows, f, resident)

@@ -35,10 +35,10 @@ out = {}
 for name, folder in job['folders'].items():
     tok = AutoTokenizer.from_pretrained(folder)
     base = job['base'] if name=='adapter' else folder
-    model, info = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={'': job['device']}, output_loading_info=True, **job['load'][name])
+    model, info = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, job['dtypes'][name]), device_map={'': job['device']}, output_loading_info=True, **job['load'][name])
     missing, unexpected = list(info['missing_keys']), list(info['unexpected_keys'])
     if name=='adapter':
-        if job['whole'] and getattr(model, 'is_quantized', False): model = model.dequantize(torch.float32)
+        if job['whole'] and getattr(model, 'is_quantized', False): model = model.dequantize(getattr(torch, job['dtypes'][name]))
         if len(tok)>model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tok))
         model = PeftModel.from_pretrained(model, folder)
         again = model.load_adapter(folder, 'default')
@@ -69,6 +69,7 @@ def in_fresh_process(
     out, # Folder for the logits
     device:str='cpu', # cpu or cuda
     asked=None, # The questions of a certificate
+    held:str='float32', # Type that the trained model is held in
 )->dict: # By format: missing and unexpected keys, whether there is a template; and what it answered
     "Load folders in a process without ftnb and leave their logits in `out`"
     r, job = run.recipe, Path(out)/'job.json'
@@ -76,8 +77,10 @@ def in_fresh_process(
     load = dict(attn_implementation=r.attn_implementation, trust_remote_code=r.trust_remote_code)
     loads = {k:dict(load, revision=None if os.path.isdir(base) else r.model_revision) if k=='adapter' else load for k in folders}
     whole = any(k!='adapter' for k in r.export_formats)
+    own = {k: (read_json(Path(v)/'config.json') or {}).get('dtype') for k,v in folders.items()}
+    dtypes = {k: held if held=='float32' or own[k] not in ('bfloat16', 'float16') else own[k] for k in folders} # what is held in 16 bits is loaded as it ships
     more = dict(asked=dict(convs=asked.convs, probes=asked.probes, limit=asked.limit)) if asked else {}
-    write_json(job, dict(peft=r.peft, folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, whole=whole, load=loads, **more))
+    write_json(job, dict(peft=r.peft, folders={k:str(v) for k,v in folders.items()}, base=base, rows=rows, out=str(out)+os.sep, device=device, dtypes=dtypes, whole=whole, load=loads, **more))
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONWARNINGS': 'ignore'}
     p = subprocess.run([sys.executable, '-c', inspect.getsource(greedy)+script, str(job)], cwd=out, env=env, capture_output=True, text=True)
     if p.returncode==0: return read_json(Path(out)/'said.json')
@@ -124,7 +127,7 @@ def compare_folders(
     rows = []
     try:
         with tempfile.TemporaryDirectory(dir=run.folder, prefix='.verify.') as tmp:
-            said = in_fresh_process(run, folders, ref.rows, tmp, ref.device.kind, ref.asked)
+            said = in_fresh_process(run, folders, ref.rows, tmp, ref.device.kind, ref.asked, ref.held)
             for name,folder in folders.items():
                 with safe_open(str(Path(tmp)/f'{name}.safetensors'), 'pt') as f: d = distances(ref, (f.get_tensor(str(i)) for i in range(len(ref.rows))))
                 files = [o for o in Path(folder).iterdir() if o.is_file()]

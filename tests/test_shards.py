@@ -1,19 +1,26 @@
 "A model merged shard by shard is, bit for bit, the model merged whole in float32 and cast once; what can't be merged so says why"
 import json
+from pathlib import Path
 import pytest
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from conftest import make_tiny
+from conftest import Made, make_tiny
+from ftnb.base import UserError
+from ftnb.export import export, merge_way, save_merged
+from ftnb.gguf_size import disk_need, gguf_bytes
 from ftnb.load import fit_vocabulary, load_model
-from ftnb.merged import untie
+from ftnb.merged import merge, merged_source, untie
+from ftnb.models import read_config
 from ftnb.recipe import make_recipe
-from ftnb.shards import Parts, Stored, Whole, write_shards
+from ftnb.runs import Run
+from ftnb.shards import Parts, Whole, write_shards
+from ftnb.stage_memory import stage_memory
+from ftnb.step import step_of
 from ftnb.tokenizer import load_tokenizer
+from ftnb.train import train
+from ftnb.trained import load_trained, place
 from ftnb.tune import make_trainable, with_adapter
 
 SIZE = '300KB' # many files
@@ -69,7 +76,9 @@ CASES = dict(lora=('shared', dict(peft='lora')), dora=('apart', dict(peft='dora'
     embeddings=('shared', dict(peft='lora', lora_modules_to_save=['embed_tokens'])), head=('apart', dict(peft='lora', lora_modules_to_save=['lm_head'])),
     shared_head=('shared', dict(peft='lora', lora_target_modules=['lm_head', 'q_proj'])), experts_beside=('qwen3_moe', dict(peft='lora', lora_target_modules=['q_proj', 'v_proj'])))
 
-@pytest.mark.parametrize('name', CASES)
+LATER = ('rslora', 'norms', 'rows', 'head', 'ia3') # `make soak`
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.soak) if n in LATER else n for n in CASES])
 def test_the_files_are_those_of_a_whole_merge(bases, name, tmp_path):
     kind, values = CASES[name]
     made = trained(bases, kind, tmp_path/'adapter', **values)
@@ -106,3 +115,58 @@ def test_what_can_not_be_merged_by_shards_says_why(bases, tmp_path):
     config.parent.mkdir()
     config.write_text(json.dumps({**json.loads(open(bases('shared')+'/config.json').read()), 'quantization_config': dict(quant_method='bitsandbytes', load_in_4bit=True)}))
     with pytest.raises(Whole, match='quantised'): Parts(r, config.parent, tok, adapter)
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    "A trained run, exported with too little memory for float32, and what it said"
+    tmp = tmp_path_factory.mktemp('exported')
+    base = make_tiny(tmp/'base', hidden_size=64, intermediate_size=128)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    run = Made(base, tmp)(peft='lora', lora_r=8, max_steps=2, learning_rate=1e-2, max_certify_samples=2, max_new_tokens=4, export_formats=['adapter', 'merged', 'f16'], max_shard_size='3MB')
+    train(run)
+    return run, export(run, dict(cpu=3*run.report('train')['params_total']))
+
+def test_an_export_without_room_for_float32_is_held_in_16_bits_and_says_so(exported):
+    run, rep = exported
+    page = run.path('reports', 'certificate.html').read_text()
+    assert rep['ok'] and rep['held']=='bfloat16' and rep['merge']==dict(way='shard by shard', why='float32 does not fit')
+    assert 'held in bfloat16, as float32 does not fit' in rep['line'] and 'held in bfloat16, as float32 does not fit' in page and 'for the trained model, which is held in bfloat16' in page
+    assert next(o for o in rep['formats'] if o['format']=='adapter')['logits']<=1e-5
+    assert merge_way(run, True)==dict(way='whole', why='')
+
+def test_files_are_the_same_whichever_way_the_memory_allows(exported):
+    run = exported[0]
+    weights = lambda d: {f.name: f.read_bytes() for f in sorted(Path(d).glob('*.safetensors'))}
+    files = lambda d: {**weights(d), **{n: (Path(d)/n).read_bytes() for n in ('config.json', 'generation_config.json')}}
+    shipped = files(run.path('merged'))
+    ref = load_trained(run)
+    assert ref.held=='float32' and merge(ref)<1e-5
+    with merged_source(run, ref) as a, merged_source(run, ref, shards=True) as b: assert len(weights(a))==2 and weights(a)==weights(b)
+    assert len(shipped)==4 and shipped==files(save_merged(run, ref, torch.bfloat16))
+
+def test_the_plan_says_of_the_merge_what_the_export_does(exported):
+    run = exported[0]
+    s = step_of(run.recipe, read_config(run.recipe.model_name_or_path), 'cpu', True, 64, .2)
+    n = run.report('train')['params_total']
+    for width in (3, 5):
+        row, (d, dtype) = stage_memory(run.recipe, s, ram=width*n)['merge'], place(run, dict(cpu=width*n))
+        assert ('shard by shard' in row['what'])==(dtype!=torch.float32)==(width==3)
+    assert stage_memory(run.recipe, s, ram=3*n)['merge']['ram']<stage_memory(run.recipe, s, ram=5*n)['merge']['ram']
+
+def test_what_has_to_be_merged_whole_and_does_not_fit_is_refused_with_the_reason(exported, monkeypatch):
+    run = exported[0]
+    def no(*a): raise Whole('the checkpoint is quantised')
+    monkeypatch.setattr('ftnb.export.parts_of', no)
+    n = run.report('train')['params_total']
+    with pytest.raises(UserError, match='merges and checks in float32, which takes .*It can not be merged shard by shard: the checkpoint is quantised'): merge_way(run, False, dict(cpu=3*n))
+    assert merge_way(run, True, dict(cpu=5*n))==dict(way='whole', why='the checkpoint is quantised')
+    with pytest.raises(UserError, match='in 16 bits at least'): merge_way(run, True, dict(cpu=n))
+
+def test_the_disk_is_counted_with_the_files_that_are_there_for_a_while(exported):
+    run = exported[0]
+    assert merge_way(run, True, dict(cpu=5*run.report('train')['params_total']))==dict(way='shard by shard', why='there is no room for a copy in 16 bits')
+    size = lambda d: sum(f.stat().st_size for f in run.path(d).glob('*.safetensors'))
+    gguf = dict(f16=run.path('gguf', f'{run.name}-f16.gguf').stat().st_size, q8_0=gguf_bytes(read_config(run.recipe.model_name_or_path), 'q8_0'))
+    for formats, parts in ((['q8_0'], [size('merged'), *gguf.values()]), (['merged'], [size('merged')]), (['merged', 'f16'], [2*size('merged'), gguf['f16']]), (['merged_4bit'], [size('merged')])):
+        need = disk_need(run, formats)
+        assert sum(parts)*.98<need<sum(parts)*(1.25 if 'merged_4bit' not in formats else 1.5), (formats, need, parts)
