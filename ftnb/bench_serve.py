@@ -17,7 +17,7 @@ from .base import Table, UserError, nearest, size, write_atomic
 from .draw import svg_curves, svg_points
 from .runs import Run, hardware
 from .serve import Answer, Server, timed
-from .serve_plan import exported, formats as served, with_values
+from .serve_plan import check_trained, exported, formats as served, with_values
 
 # %% ../nbs/38d_bench_serve.ipynb #ec220cc5
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def cores()->int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def _wanted(run, formats, engine):
+    check_trained(run, 'measure')
     have = [f for f in served[engine] if f in exported(run)]
     for f in formats or ():
         if f not in served[engine]: raise UserError(f'formats: {f!r} is nothing that {engine} serves; it is one of {", ".join(served[engine])}.{nearest(f, served[engine])}')
@@ -147,7 +148,8 @@ def bench_serve(
     **values, # Fields of the recipe for this once, such as n_parallel or serve_engine
 ): # A `BenchServe`
     "Serve each exported file and measure it; saved in `reports/bench_serve.json`"
-    from ftnb.sameness import asks # torch is loaded only here
+    from ftnb.load import quiet # torch is loaded only here
+    from ftnb.sameness import asks
     from ftnb.tokenizer import run_tokenizer
     run = with_values(run, **values) if values else run
     for k,v in dict(repeats=repeats, prompts=prompts, max_tokens=max_tokens).items():
@@ -155,11 +157,12 @@ def bench_serve(
     engine, clients = run.recipe.serve_engine, sorted(set(clients))
     if not clients or clients[0]<1: raise UserError(f'clients: {list(clients)} has to be numbers from 1 up, such as 1,4,16.')
     if n_batch and engine!='llama_cpp': raise UserError(f'n_batch is a number of llama.cpp; {engine} has none.')
-    rows, (measure, quality), have = [], quality_of(run), exported(run)
+    quiet()
+    rows, (measure, quality), have, formats = [], quality_of(run), exported(run), _wanted(run, formats, engine)
     asked = asks(with_values(run, max_certify_samples=prompts), run_tokenizer(run)).chats
     if not asked: raise UserError(f'{run.name} has no rows with messages that could be asked.')
     usual = dict(temperature=0, **(dict(cache_prompt=False) if engine=='llama_cpp' else {})) # a prompt that was read before would come back at once
-    for o in sweep_of(_wanted(run, formats, engine), clients, threads, n_batch, context):
+    for o in sweep_of(formats, clients, threads, n_batch, context):
         own = {k: v for k,v in o['settings'].items() if k!='n_batch'}
         with Server(with_values(run, serve_format=o['format'], request_log=False, **own), port=0, job={k: v for k,v in o['settings'].items() if k=='n_batch'}) as s:
             j = s.plan.jobs[0]

@@ -133,9 +133,10 @@ def _asker(a):
     "A function that yields (who, text so far) for a question, from a run's models or from a server"
     history = {}
     if '://' in a.run:
-        from ftnb.client import Client, ask, two_sides
+        from ftnb.client import Client, ask, bases, two_sides
         client = Client(a.run)
-        names = two_sides(client.names())
+        names = two_sides(have := client.names())
+        if a.which=='base' and not a.adapter and names[0] not in bases: raise UserError(f'No model of {client.url} is called base; --adapter asks one by its name: {", ".join(have)}.')
         which = [a.adapter] if a.adapter else names if a.which=='both' else names[:1] if a.which=='base' else names[-1:]
         return lambda q: ask(client, q, which, history)
     from ftnb.generate import load # torch is loaded only here

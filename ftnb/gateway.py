@@ -157,7 +157,7 @@ class Gateway:
         return self.locked(request) or Response(await run_in_threadpool(self.meter.text), media_type=CONTENT_TYPE_LATEST)
     async def no_route(self, request, e):
         "What is not here"
-        return refusal(e.status_code, f'There is no {request.method} {request.url.path} here; there are {", ".join(self.routes)}, /v1/models, /metrics and /health.')
+        return refusal(e.status_code, f'There is no {request.method} {request.url.path} here; there are {", ".join(f"POST {o}" for o in self.routes)}, GET /v1/models, GET /metrics and GET /health.')
 
     async def read(self, request, turn)->tuple: # (body, None) or (None, refusal)
         "The request as its engine shall get it, if it names a model and fits it"

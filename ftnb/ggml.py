@@ -25,6 +25,7 @@ def check_gguf(
     if not path.is_file(): raise UserError(f'There is no file {path}; ftnb export makes GGUF files.')
     n = path.stat().st_size
     with path.open('rb') as f: magic = f.read(4)
+    if not n: raise UserError(f'{path} is empty; export it again.')
     if magic!=b'GGUF': raise UserError(f'{path} is not a GGUF file: it begins with {magic!r} and not with b\'GGUF\'; export it again.')
     g = L.gguf_init_from_file(os.fsencode(path), GgufParams(True, None))
     if not g: raise UserError(f'{path} is damaged or cut off in its head; llama.cpp says: {said() or "nothing"}. Copy or export it again.')

@@ -75,7 +75,7 @@ def _base_faults(r, m):
     if not m.merges and r.peft!='full' and sorted(r.export_formats)!=['adapter', 'merged'] and (x := [k for k in r.export_formats if k!='adapter']):
         yield 'export_formats', f'export_formats: {m.title} can not become part of the weights, which {x[0]} needs; set export_formats: [adapter]'
     if 'gguf-lora' in r.export_formats and (r.peft not in ('lora', 'qlora', 'rslora') or r.use_dora):
-        yield 'export_formats', f'export_formats: gguf-lora holds the matrices of LoRA, which {m.title} has not alone; leave it out{" and take a merged file such as q8_0" if m.merges else ""}'
+        yield 'export_formats', f'export_formats: gguf-lora holds the two matrices of LoRA and nothing else, and {m.title} is more or other than that; leave it out{" and take a merged file such as q8_0" if m.merges else ""}'
 
 token_methods = ('full', *lora_family, 'adalora', 'bottleneck') # PEFT trains single rows of an embedding beside these only
 def _token_faults(r, m):

@@ -78,7 +78,7 @@ def check(
     "`r` if it is valid, in its one spelling; else a `UserError` that names the field, its place and the way out"
     at = at or {}
     for k in vars(r):
-        if m := _one_field(r, k, getattr(r, k)): raise UserError(f'{at.get(k, "")}{m}.')
+        if m := _one_field(r, k, getattr(r, k)): raise UserError(f'{at.get(k, "")}{m}{"" if m.endswith("?") else "."}')
     for k,m in (*_pairs(r), *loss_faults(r), *method_faults(r), *several_faults(r, list(vars(r)))): raise UserError(f'{at.get(k, "")}{m}.')
     parse_spec(r.spec, at.get('spec', ''))
     if r.peft=='lora' and r.load_in_4bit: r = replace(r, peft='qlora')

@@ -22,6 +22,7 @@ def cmd_export(a):
     say = (lambda *x: print(*x, file=sys.stderr)) if a.json else print
     run = open_run(str(run_folder(a.run)), values, say=say)
     if run.recipe.tasks: raise UserError(f'{run.name} is a group of tasks; export one of its runs: {", ".join(f"{run.name}-{t}" for t in run.recipe.tasks)}.')
+    if run.state.get('train', {}).get('status')!='done': raise UserError(f'{run.name} is not trained, so there is nothing to export: ftnb run {run.name} --to export.')
     say(f'{run.name}  ({run.folder})')
     run_pipeline(run, 'export', 'export', a.force, say, None, a.debug)
     rep = run.report('export') or {}

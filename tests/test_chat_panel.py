@@ -254,6 +254,9 @@ def test_ftnb_chat_asks_a_server_and_goes_on_after_a_mistake(capsys, monkeypatch
         assert capsys.readouterr().out=='base: hello you \ndemo: HELLO YOU \n'
         assert main(['chat', s.url, '--which', 'tuned', '--json', 'Hi'])==0
         assert json.loads(capsys.readouterr().out)==dict(prompt='Hi', demo='HI ')
+        monkeypatch.setattr('ftnb.client.bases', ('none',))
+        assert main(['chat', s.url, '--which', 'base', 'Hi'])==2 and 'is called base; --adapter asks one by its name: ' in capsys.readouterr().err # never another's answer as the base's
+        monkeypatch.undo()
         lines = iter(['this is too long', 'Hi', ''])
         monkeypatch.setattr('builtins.input', lambda _: next(lines))
         assert main(['chat', s.url])==0

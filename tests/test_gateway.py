@@ -118,7 +118,8 @@ def test_a_body_that_is_no_request_is_refused_in_openais_form(seen, body):
 def test_what_is_not_here_says_what_is(seen):
     r = http.get(f'{seen.url}/v2', headers={'Authorization': 'Bearer right'})
     assert r.status_code==404 and '/v1/chat/completions' in r.json()['error']['message']
-    assert http.get(f'{seen.url}/v1/chat/completions').status_code==405
+    r = http.get(f'{seen.url}/v1/chat/completions')
+    assert r.status_code==405 and 'there are POST /v1/chat/completions' in r.json()['error']['message']
 
 def test_an_engines_refusal_keeps_its_status_and_words(seen):
     r = seen.ask('broken')

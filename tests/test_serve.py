@@ -168,7 +168,9 @@ def test_ftnb_serve_says_how_to_ask_and_ends_with_ctrl_c(runs):
         assert all(w in ''.join(rest) for w in ('curl http://127.0.0.1', 'from openai import OpenAI', 'requests.jsonl', 'Ctrl-C'))
         assert openai.OpenAI(base_url=first.split()[-1], api_key='none').chat.completions.create(model='two', messages=HI).choices[0].message.content
         below = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
-        os.kill(p.pid, signal.SIGINT)
+        for s in (signal.SIGINT, signal.SIGINT, signal.SIGTERM): # an impatient person, and whatever started it
+            os.kill(p.pid, s)
+            time.sleep(.02)
         out, err = p.communicate(timeout=30)
         assert p.returncode==0 and err.strip()=='stopped' and below and not [c for c in below if psutil.pid_exists(c)]
     finally: p.kill()
@@ -190,6 +192,8 @@ def test_what_can_not_be_served_is_one_sentence_with_the_command(runs, tmp_path)
         return str(e.value)
     new = Run(tmp_path/'new', make_recipe(dict(model_name_or_path=one.recipe.model_name_or_path))).save()
     assert 'new is not trained, so there is nothing to serve: ftnb run new --to export' in why(new)
+    from ftnb.bench_serve import bench_serve
+    with pytest.raises(UserError, match='new is not trained, so there is nothing to measure: ftnb run new --to export'): bench_serve(new)
     write_json(new.path('state.json'), dict(train=dict(status='done')))
     assert 'ftnb export new --formats q8_0' in why(new)
     shutil.copytree(one.path('merged'), new.path('merged'))
@@ -206,6 +210,8 @@ def test_a_damaged_file_is_one_sentence_before_anything_starts(runs, tmp_path):
     f = run.path('gguf', 'two-f16.gguf')
     f.write_bytes(f.read_bytes()[:-200_000])
     with pytest.raises(UserError, match='two-f16.gguf'): Server(run, port=0)
+    f.write_bytes(b'')
+    with pytest.raises(UserError, match='two-f16.gguf is empty; export it again'): Server(run, port=0)
     f.write_bytes(b'<html>404</html>')
     with pytest.raises(UserError, match='two-f16.gguf is not a GGUF file'): Server(run, port=0)
     assert not run.path('logs').exists()
@@ -232,7 +238,7 @@ def test_vllm_is_given_the_base_the_adapters_and_the_runs_own_tokenizer(runs, mo
     assert j.use_cpu and j.cache_bytes>2**16 and j.max_model_len==512 # on a CPU, where vLLM would ask for nine tenths of all memory
     with pytest.raises(UserError, match='max_lora_rank: 4 is less than the rank 8'): plan_serving(with_values(runs[0], serve_engine='vllm', serve_adapters=['two'], max_lora_rank=4))
 
-@pytest.mark.parametrize('args,says', [(['-p', 'lora_r=3'], 'a server does not read that'), (['--api-key-env', 'MY_KEY'], 'no such environment variable'), (['--host', '0.0.0.0'], 'FTNB_API_KEY'), (['--format', 'q9'], 'serve_format'), (['--port', '70000'], 'port')])
+@pytest.mark.parametrize('args,says', [(['-p', 'lora_r=3'], 'a server does not read that'), (['--api-key-env', 'MY_KEY'], 'no such environment variable'), (['--host', '0.0.0.0'], 'FTNB_API_KEY'), (['--format', 'q8'], "Did you mean 'q8_0'?\n"), (['--port', '70000'], 'port')])
 def test_a_wrong_option_of_ftnb_serve_is_exit_2(runs, capsys, args, says):
     from ftnb.cli import main
     assert main(['serve', 'two', *args])==2
