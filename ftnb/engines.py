@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 
 import httpx, psutil
 
-from .base import UserError, nearest
+from .base import UserError, disk_error, nearest
 from .ports import free_port
 
 # %% ../nbs/38a_engines.ipynb #4a9aa5e8
@@ -167,7 +167,8 @@ class Engine:
         self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False)
         t = time.time()
         self._from = self.log.stat().st_size if self.log.exists() else 0
-        self.process = start_watched(self.row.command(job, self.port), self.log, {**self.row.env, **({self.row.key: self.key} if self.key else {})})
+        try: self.process = start_watched(self.row.command(job, self.port), self.log, {**self.row.env, **({self.row.key: self.key} if self.key else {})})
+        except OSError as e: raise disk_error(e, self.log) or e from None
         try:
             while not self.health():
                 if not self.alive: raise UserError(f'{self.row.title} ended while it loaded {Path(job.model).name}: {self.tail() or "it said nothing"}. Its log is {self.log}.')

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arch import Arch
-from .base import UserError, ftnb_home, nearest, shipped
+from .base import UserError, ftnb_home, shipped
 from .models import known_models, model_path
 from .quantised import packing_of, packings
 from .rules import gguf_kinds
@@ -105,8 +105,8 @@ def gguf_ready(
     p, known = packings.get(q.get('quant_method')), converter_knows(path)['architectures']
     def no(why, name=''): return GgufReady(False, name, why, {})
     if q and not (p and (p.how=='unpacked' or p.whole)): return no(f'its weights are quantised with {q.get("quant_method")} and can not be made whole')
-    if cls and cls not in known: return no(f'llama.cpp\'s converter does not know the architecture {cls}.{nearest(cls, known)}'.rstrip('.'))
-    if not cls and t not in architectures: return no(f'model_type {t!r} is no architecture that is known here.{nearest(str(t), architectures)}'.rstrip('.'))
+    if cls and cls not in known: return no(f'llama.cpp\'s converter does not know the architecture {cls}')
+    if not cls and t not in architectures: return no(f'model_type {t!r} is no architecture that is known here')
     name = known[cls] if cls else architectures[t]
     if tokenizer and pre_tokenizer(tokenizer, path)=='': return no('its tokenizer splits text in a way that llama.cpp\'s converter does not know (the pre-tokenizer), and a file would answer differently', name)
     unknown = GgufReady(True, name, '', {}, ('its tensors were not compared, as its modules are not known here',))
