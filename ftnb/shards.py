@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from .base import read_json, write_json
 from .fields import Recipe
+from .heap import give_back
 from .load import fit_vocabulary, quiet
 from .models import model_path
 from .quantised import packing_of
@@ -208,6 +209,7 @@ def write_shards(
 )->float: # The largest magnitude of a weight
     "A folder with the merged model, one file after the other"
     to, dtype, high = Path(to), hull.dtype, 0.
+    give_back(1<<18) # else what layers leave adds up in the heap
     hull.save_pretrained(to, state_dict={})
     shape = lambda n: parts.shapes.get(n) or parts.stored.shape(n)
     split = split_torch_state_dict_into_shards({n: torch.empty(shape(n), dtype=dtype, device='meta') for n in parts.names}, max_shard_size=max_shard_size, filename_pattern='model{suffix}.safetensors')
@@ -223,4 +225,5 @@ def write_shards(
         save_file(out, str(to/file), metadata=dict(format='pt'))
         parts.stored.close()
     if split.is_sharded: write_json(to/'model.safetensors.index.json', dict(metadata=dict(total_parameters=hull.num_parameters(), **split.metadata), weight_map=split.tensor_to_filename))
+    give_back()
     return high

@@ -84,7 +84,9 @@ def work_device(
     "A device with room for the model in float32, else in 16 bits; a `UserError` with the bytes if there is none"
     free = free or free_memory(r.use_cpu)
     where, width = held_in(params, free) or (None, 4)
-    if where is None or width<4 and not halves: raise UserError(f'Export {"checks in 16 bits at least" if halves else "merges and checks in float32"}, which takes {gib(int(params*(2 if halves else 4)*1.15))} for {params:,} weights, and {" and ".join(f"{gib(v)} are free on {k}" for k,v in free.items())}; export on a machine with more memory, the run\'s folder is all it needs.')
+    left = ' and '.join(f'{gib(v)} are free on {k}' for k,v in free.items())
+    if where is None and halves: raise UserError(f'Export holds the trained model in 16 bits at least, which takes {gib(int(params*2*1.15))} for {params:,} weights, and {left}; export on a machine with more memory, the run\'s folder is all it needs.')
+    if where is None or width<4 and not halves: raise UserError(f'Export merges and checks in float32, which takes {gib(int(params*4*1.15))} for {params:,} weights, and {left}; export on a machine with more memory, the run\'s folder is all it needs.')
     own = base_dtype(r)
     return find_device(where=='cpu'), torch.float32 if width==4 else own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
 

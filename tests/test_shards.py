@@ -160,7 +160,7 @@ def test_what_has_to_be_merged_whole_and_does_not_fit_is_refused_with_the_reason
     n = run.report('train')['params_total']
     with pytest.raises(UserError, match='merges and checks in float32, which takes .*It can not be merged shard by shard: the checkpoint is quantised'): merge_way(run, False, dict(cpu=3*n))
     assert merge_way(run, True, dict(cpu=5*n))==dict(way='whole', why='the checkpoint is quantised')
-    with pytest.raises(UserError, match='in 16 bits at least'): merge_way(run, True, dict(cpu=n))
+    with pytest.raises(UserError, match='holds the trained model in 16 bits at least'): merge_way(run, True, dict(cpu=n))
 
 def test_the_disk_is_counted_with_the_files_that_are_there_for_a_while(exported):
     run = exported[0]
