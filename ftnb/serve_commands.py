@@ -27,7 +27,9 @@ def cmd_export(a):
     run_pipeline(run, 'export', 'export', a.force, say, None, a.debug)
     rep = run.report('export') or {}
     if a.json: return show_value(dict(run=run.name, folder=str(run.folder), **{k: rep.get(k) for k in ('ok', 'line', 'formats')}), True)
-    print('', Table([{k: o.get(k) for k in ('format', 'folder', 'size', 'verdict')} for o in rep.get('formats', [])]), '', f'  ftnb serve {run.name}', sep='\n')
+    num = lambda x, f: None if x is None else format(x, f)
+    rows = [{'format': o['format'], 'folder': o['folder'], 'size': o['size'], 'KL to trained': num(o.get('kl'), '.4f'), 'top-1': num(o.get('top1'), '.3f'), 'stops': num(o.get('stops'), '.0%'), o.get('measure') or 'score': num(o.get('score'), '.0%'), 'verdict': o['verdict']} for o in rep.get('formats', [])]
+    print('', Table(rows), '', f'  {run.path("reports", "certificate.html")}', f'  ftnb serve {run.name}', sep='\n')
 
 # %% ../nbs/43f_serve_commands.ipynb #d833ea8b
 _once = (*stage_fields['serve'], 'max_new_tokens', 'do_sample', 'temperature', 'top_p', 'top_k', 'repetition_penalty', 'dtype', 'use_cpu', 'trust_remote_code')
