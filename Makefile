@@ -49,8 +49,7 @@ lab: setup
 docs: export PATH := $(abspath $(BIN)):$(PATH)
 docs: setup
 	@$(PY) tools/measured.py
-	@smalldocs check .
-	@smalldocs render --strict .
+	@$(PY) tools/build_site.py
 	@echo "the site is in _docs/: $(PY) -m http.server -d _docs"
 
 bench: setup

@@ -1,5 +1,6 @@
 "Before the site is rendered: process the notebooks of nbs/ into reference/, which git ignores."
 import ast, json, os, re, shutil
+from functools import cache
 from pathlib import Path
 
 root = Path(os.environ.get('QUARTO_PROJECT_DIR', Path(__file__).parent.parent)).resolve()
@@ -42,19 +43,25 @@ def keep_examples_asleep():
         return bool(processors._show_docs(trees)) or all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in trees)
     processors._do_eval = runs
 
+def read_settings_once():
+    "nbdev reads pyproject.toml anew for each cell"
+    from nbdev import processors
+    processors.get_config = cache(processors.get_config)
+
 def main():
     os.chdir(root)
     keep_examples_asleep()
+    read_settings_once()
     from nbdev.config import get_config
     from nbdev.doclinks import _build_modidx
     from nbdev.serve import proc_nbs
     cfg = get_config()
     _build_modidx()
-    cache = proc_nbs(force=True, n_workers=0)
+    made = proc_nbs(force=True, n_workers=0)
     base = f'{cfg.doc_host}{cfg.doc_baseurl}'.rstrip('/')+'/'
     shutil.rmtree(out, ignore_errors=True)
-    for f in sorted(cache.rglob('*.ipynb')):
-        rel = page_name(f.relative_to(cache))
+    for f in sorted(made.rglob('*.ipynb')):
+        rel = page_name(f.relative_to(made))
         (out/rel).parent.mkdir(parents=True, exist_ok=True)
         (out/rel).write_text(json.dumps(static(json.loads(f.read_text()), rel, base), indent=1))
 
