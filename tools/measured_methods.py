@@ -38,13 +38,13 @@ def page(r):
     full, b, h, v = good.get('full'), r['budget'], r['hardware'], r['versions']
     ranked = sorted(good, key=lambda k: -sum(good[k]['rows'])/len(good[k]['rows']))
     tokens = next((o['tokens'] for o in good.values() if 'tokens' in o), 0)
-    many = len(b['rates'])>1
+    many, open_ = len(b['rates'])>1, [k for k in methods if k not in r['rows']]
     out = [f'''---
 title: Methods, measured
 page-layout: full
 ---
 
-Handbooks give each method a share of the quality of full fine-tuning, without saying of what. Here every method of `peft:` had the same budget on the same rows, and what came out stands below with its interval.
+Handbooks give each method a share of the quality of full fine-tuning, without saying of what. Here {f'{len(methods)-len(open_)} of the {len(methods)} methods' if open_ else 'every method'} of `peft:` had the same budget on the same rows, and what came out stands below with its interval.{f' Not run yet: {", ".join(open_)}.' if open_ else ''}
 
 - **What**: `{b["model"]}` on the demo of ftnb (messages to a help desk, answered in JSON), {b["steps"]} steps of {b["batch"]} rows, {tokens:,} tokens, the same rows in the same order for all, seed {b["seed"]}.
 - **Measured on**: {b["rows"]} held-out rows. *Fields right* is the share of the values of the answer that are right. The intervals are 95 % over rows; differences are taken row by row.
