@@ -32,6 +32,21 @@ def adapters(r, old):
     if old: text += f'\n\nTrained on, {old["steps"]} steps at 1e-3, to a loss of 0.0005: {about(old)}:\n\n'+grid(old)+f'\n\nAdapters trained that far do not combine: the least kept of the three tasks is {share(max(o["least"] for o in made(old)))} at best.'
     return text
 
+def serve(r):
+    "The section on exported files behind their server: each file for each number of clients, then what a setting changes"
+    ms = lambda x: '' if x is None else f'{1000*x:,.0f} ms'
+    num = lambda x, f: '' if x is None else format(x, f)
+    def line(o, **more): return {'file': o['format'], 'clients': o['clients'], **more, 'first token': ms(o['first_p50']), '95 % within': ms(o['first_p95']), 'tokens/s of one': num(o['one'], '.0f'), 'of all': num(o['all'], '.0f'), 'memory': gib(o['memory']), 'KL': num(o.get('kl'), '.4f'), r['measure'] or 'score': num(o.get('score'), '.0%')}
+    own, other = ([o for o in r['rows'] if bool(o['changed'])==c] for c in (False, True))
+    names = dict(n_threads='threads', n_batch='n_batch', max_model_len='context')
+    text = f'## Serving\n\n`{r["command"]}`, {r["engine"]} on {r["hardware"]["cpu"]}, {r["hardware"]["cores"]} cores: {r["prompts"]} held-out prompts, answers of up to {r["max_tokens"]} tokens, {r["repeats"]} repeats, no prompt kept in a cache; KL and score are those of the certificate.\n\n'
+    first = [line(o) for o in own]
+    text += table(first, [*first[0]])
+    if other:
+        more = [line(o, changed=f'{names.get(o["changed"], o["changed"])} {o[names.get(o["changed"], o["changed"])]}') for o in other]
+        text += f'\n\nOne setting changed at a time:\n\n'+table(more, [k for k in more[0] if k not in ('KL', r['measure'] or 'score')])
+    return text
+
 def main():
     out = ['---\ntitle: Measured\n---\n\nRatios between two things run in turn, medians of several runs; the files with every run, versions and processor lie in `bench/results/`. Machines are noisy: a ratio carries over, a time does not.\n']
     if r := load('demo'): out.append(f'## The demo\n\n`{r["command"]}` in a fresh clone, after installation, {r["hardware"]}: {r["text"]}\n\n'+table(r['metrics'], ['metric', 'base', 'tuned', 'difference', 'interval']))
@@ -47,6 +62,11 @@ def main():
         out.append(f'## The plan panel\n\n`python bench/panel.py`. From the import to the first picture, in a fresh process: {f["median_seconds"]:.2f} s (longest of {f["processes"]}: {f["most_seconds"]:.2f} s). A change of a field, the GPU or the rows, over {c["changes"]} changes on three models and two cards: median {c["median_ms"]:.0f} ms, 90 % under {c["p90_ms"]:.0f} ms, longest {c["most_ms"]:.0f} ms. A page that takes a search follows 150 ms after the last change. No torch is loaded.')
     if r := load('lab'): out.append(f'`python bench/lab.py`, in a JupyterLab that is warm, with the browser: from running the cell that imports it to the picture on the page {r["first_paint"]["median_seconds"]} s (runs: {", ".join(map(str, r["first_paint"]["seconds"]))}); from a keystroke to the new bar median {r["change"]["median_ms"]} ms, 90 % under {r["change"]["p90_ms"]} ms.')
     if (r := load('adapters')) or load('adapters_overtrained'): out.append(adapters(r, load('adapters_overtrained')))
+    if r := load('merge'):
+        mib = lambda o: f'{(o["peak"]-o["start"])/2**20:,.0f} MiB'
+        n = r['noise']['bfloat16']['held_to_float32']
+        out.append(f'## Merging\n\n`{r["command"]}`. {r["model"]} with LoRA of rank 16, files of {r["shard"]}: the whole merge in float32 takes {mib(r["whole"])} beside Python and its libraries, shard by shard {mib(r["shards"])}; the files are {"equal, tensor for tensor" if r["equal"] else "not equal"}. Where float32 does not fit, the trained model is held in 16 bits to be compared with, which by itself moves it by KL {n["kl"]:.4f}, top-1 {n["top1"]:.3f} (bfloat16, {r["noise"]["tokens"]:,} tokens).')
+    if r := load('serve'): out.append(serve(r))
     if r := load('prepare'): out.append(f'## Stage 1 as rows grow\n\n`{r["command"]}`. Read, normalise, scan, split, de-duplicate, tokenise, inspect, prove; peak memory of the process, of which {r["runs"][0]["before_mb"]} MB are there before the first row. What grows is the index of near duplicates: about 1 KB a row.\n\n'
         + table([dict(rows=f'{o["rows"]:,}', **{'rows/s': o['rows_per_second'], 'peak MB': f'{o["peak_mb"]:,}', 'file MB': o['file_mb']}, **{k: f'{100*v:.0f} %' for k,v in o['share'].items()}) for o in r['runs']], ['rows', 'rows/s', 'peak MB', 'file MB', *r['runs'][0]['share']]))
     if r := load('near'):
