@@ -164,7 +164,7 @@ class Engine:
         self.kind, self.job, self.log, self.row = kind, job, Path(log), check_engine(kind)
         self.port = free_port()
         self.url, self.key = f'http://127.0.0.1:{self.port}', secrets.token_urlsafe(24) if self.row.key else ''
-        self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False)
+        self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=60, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         t = time.time()
         self._from = self.log.stat().st_size if self.log.exists() else 0
         try: self.process = start_watched(self.row.command(job, self.port), self.log, {**self.row.env, **({self.row.key: self.key} if self.key else {})})

@@ -129,7 +129,7 @@ class Gateway:
         hosts:list=None, # Names that a request's Host may have; None: any
     ):
         self.models, self.key, self.wrong, self.meter, self.born = models, key, wrong or (lambda: ''), Meter(log, memory), int(time.time())
-        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None), trust_env=False)
+        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), trust_env=False) # llama.cpp closes a kept connection just as the next request takes it
         @asynccontextmanager
         async def life(app):
             yield

@@ -25,8 +25,10 @@ def test_text_goes_back_into_the_form(page):
     from playwright.sync_api import expect
     panel = page.locator('.ftnb-panel').first
     expect(panel.get_by_label('as text')).to_have_value('# all defaults\n') # what the last change wrote
+    expect(panel.get_by_text('0 of', exact=False).first).to_be_visible() # the form is done with it, nothing moves any more
     panel.get_by_label('as text').fill('peft: qlora\nload_in_4bit: true\nlora_r: 8\n')
     panel.get_by_role('button', name='Take text').click()
+    expect(panel.get_by_text('read: 3 fields')).to_be_visible()
     expect(panel.get_by_label('lora_r', exact=True)).to_have_value('8')
     expect(panel.get_by_label('peft', exact=True)).to_have_value('qlora')
 

@@ -2,6 +2,7 @@
 import asyncio, json, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx, pytest, uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
@@ -97,6 +98,27 @@ def test_a_request_reaches_the_engine_with_its_name_its_key_and_the_usual_values
     assert body['temperature']==.7 and body['lora']==[dict(id=0, scale=0.)]
     seen.ask(max_completion_tokens=3)
     assert 'max_tokens' not in seen.stand.asked[2][0]
+
+class ClosesKept(BaseHTTPRequestHandler):
+    "An engine that answers a connection's first request and closes it on the next, as llama.cpp may"
+    protocol_version, used = 'HTTP/1.1', False
+    def log_message(self, *_): pass
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        if self.used: self.close_connection = True; return
+        self.used = True
+        body = json.dumps(dict(choices=[dict(message=dict(content='x'), index=0)])).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+def test_an_engine_that_closes_a_kept_connection_costs_no_answer(tmp_path):
+    with ThreadingHTTPServer(('127.0.0.1', 0), ClosesKept) as up:
+        threading.Thread(target=up.serve_forever, daemon=True).start()
+        with running(Gateway(dict(demo=Model(f'http://127.0.0.1:{up.server_port}', 'inner', {}, {}, {}, 64))).app) as url:
+            assert [http.post(f'{url}/v1/chat/completions', json=dict(messages=[dict(role='user', content='x')])).status_code for _ in range(3)]==[200]*3
+        up.shutdown()
 
 @pytest.mark.parametrize('key', ['wrong', 'rig', 'right ish', 'r\u00efght'.encode().decode('latin1')])
 def test_a_wrong_key_gets_nothing(seen, key):
