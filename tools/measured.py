@@ -43,8 +43,8 @@ def serve(r):
     first = [line(o) for o in own]
     text += table(first, [*first[0]])
     if other:
-        more = [line(o, changed=f'{names.get(o["changed"], o["changed"])} {o[names.get(o["changed"], o["changed"])]}') for o in other]
-        text += f'\n\nOne setting changed at a time:\n\n'+table(more, [k for k in more[0] if k not in ('KL', r['measure'] or 'score')])
+        more = [line(o, changed=f'{(k := names[o["changed"]])} {o[k]}') for o in other]
+        text += '\n\nOne setting changed at a time:\n\n'+table(more, [k for k in more[0] if k not in ('KL', r['measure'] or 'score')])
     return text
 
 def main():
