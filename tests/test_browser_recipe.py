@@ -21,16 +21,23 @@ def test_a_change_reaches_the_text_and_a_wrong_one_is_said_beside_the_field(page
     panel.get_by_role('button', name='Defaults').click()
     expect(panel.get_by_label('lora_r', exact=True)).to_be_visible()
 
+def take(page, text):
+    panel = page.locator('.ftnb-panel').first
+    panel.get_by_label('as text').fill(text)
+    panel.get_by_role('button', name='Take text').click()
+    return panel
+
 def test_text_goes_back_into_the_form(page):
     from playwright.sync_api import expect
-    panel = page.locator('.ftnb-panel').first
-    expect(panel.get_by_label('as text')).to_have_value('# all defaults\n') # what the last change wrote
-    expect(panel.get_by_text('0 of', exact=False).first).to_be_visible() # the form is done with it, nothing moves any more
-    panel.get_by_label('as text').fill('peft: qlora\nload_in_4bit: true\nlora_r: 8\n')
-    panel.get_by_role('button', name='Take text').click()
+    panel = take(page, 'peft: qlora\nload_in_4bit: true\nlora_r: 8\n')
     expect(panel.get_by_text('read: 3 fields')).to_be_visible()
     expect(panel.get_by_label('lora_r', exact=True)).to_have_value('8')
     expect(panel.get_by_label('peft', exact=True)).to_have_value('qlora')
+
+def test_a_button_acts_on_what_was_typed_just_before(page):
+    from playwright.sync_api import expect
+    for r in range(100, 125): # ipykernel 7.4.0 handles a click in another thread than the text: one in five came first
+        expect(take(page, f'lora_r: {r}\n').get_by_label('lora_r', exact=True)).to_have_value(str(r))
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
     read_by_everyone(page, tmp_path)

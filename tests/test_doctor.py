@@ -1,6 +1,7 @@
 """`ftnb doctor`: faults are planted, and verdict and sentence are looked at"""
 import http.server, json, os, subprocess, threading, time, types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,10 @@ def test_a_wrong_version_in_the_lock(tmp_path, quick):
     assert row(d.of('psutil'))==('warn', f'{have}, newer than 1.0 of the lock', f'if something fails: pip install -c {lock} ftnb')
     assert d.of('pyyaml')['verdict']=='warn' and 'older than 99.0 of the lock' in d.of('pyyaml')['found']
     assert row(d.of('fastcore'))==('ok', f'{metadata.version("fastcore")}, same as the lock', '')
+
+def test_the_lock_that_ships_is_the_one_of_the_repository():
+    root = Path(__file__).parents[1]
+    assert (root/'data'/'constraints.txt').read_text()==(root/'constraints.txt').read_text() # cp constraints.txt data/
 
 def test_a_missing_package_names_its_extra(monkeypatch, quick):
     true = metadata.version
