@@ -140,5 +140,5 @@ def show(lab, browser):
         return page
     yield f
     for page in pages:
-        page.evaluate('async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }')
+        page.evaluate('() => Promise.race([window.jupyterapp.shell.currentWidget.sessionContext.shutdown(), new Promise(done => setTimeout(done, 10_000))])') # a kernel that hangs ends with the server
         page.context.close()

@@ -17,7 +17,7 @@ def test_a_file_is_looked_at_mapped_and_proved(page, tmp_path):
     expect(panel.get_by_text('mine.jsonl').first).to_be_visible()
     panel.get_by_role('button', name='Take prompt: frage, completion: antwort').click()
     expect(panel.get_by_label('prompt', exact=True)).to_have_value('frage')
-    expect(panel.get_by_text('mapping: {prompt: frage, completion: antwort}')).to_be_visible()
+    expect(panel.get_by_text('as a line of the recipe: mapping: {prompt: frage, completion: antwort}')).to_be_visible()
     panel.get_by_role('button', name='Prove').click()
     expect(panel.get_by_text('at work in its own process').first).to_be_visible()
     expect(panel.get_by_text('Stage 1 of mine is done.')).to_be_visible(timeout=90_000)

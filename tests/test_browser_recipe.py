@@ -36,7 +36,7 @@ def test_text_goes_back_into_the_form(page):
 
 def test_a_button_acts_on_what_was_typed_just_before(page):
     from playwright.sync_api import expect
-    for r in range(100, 125): # ipykernel 7.4.0 handles a click in another thread than the text: one in five came first
+    for r in range(100, 125): # under ipykernel 7.4.0 a click is handled in another thread than the text: one in five came first
         expect(take(page, f'lora_r: {r}\n').get_by_label('lora_r', exact=True)).to_have_value(str(r))
 
 def test_it_can_be_read_by_everyone(page, tmp_path):

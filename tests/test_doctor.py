@@ -67,6 +67,13 @@ def test_a_version_that_ftnb_does_not_take(monkeypatch):
     monkeypatch.setattr(metadata, 'version', lambda name: '2.13.0+cpu')
     assert row(package_row('torch', spec, 'train', dict(torch='2.13.0')))==('ok', '2.13.0+cpu, same as the lock', '')
 
+def test_a_kernel_under_which_clicks_overtake_text_is_named_once(monkeypatch, quick):
+    true = metadata.version
+    monkeypatch.setattr(metadata, 'version', lambda name: '7.4.0' if name=='ipykernel' else true(name))
+    d, lock = doctor('smollm2-135m'), find_lock()
+    pinned = f'-c {lock} ' if lock else ''
+    assert [row(r) for r in d.rows if r['check']=='ipykernel']==[('warn', '7.4.0, but the panels take <7', f'pip install {pinned}"ftnb[lab]"')]
+
 def test_without_a_lock_versions_are_only_shown(monkeypatch, quick):
     monkeypatch.setattr(doc, 'find_lock', lambda root: None)
     d = doctor('smollm2-135m')
