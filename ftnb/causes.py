@@ -58,7 +58,7 @@ def limit_table(
 )->Table:
     "The bounds of every format, with their reasons"
     each = {k: limit_of(k, held) for k in limits}
-    return Table([dict(format=k, KL=f'< {o.kl:g}', **{'top-1': f'> {o.top1:g}', 'task may lose': f'{100*o.task:g} points'}, answers='equal' if o.exact else '', why=o.why) for k,o in each.items()])
+    return Table([dict(format=k, KL=f'<\u00a0{o.kl:g}', **{'top-1': f'>\u00a0{o.top1:g}', 'task may lose': f'{100*o.task:g} points'}, answers='equal' if o.exact else '', why=o.why) for k,o in each.items()])
 
 # %% ../nbs/37fa_causes.ipynb #0b433a1c
 def _same(mine, theirs): return sum(a==b for a,b in zip(mine, theirs))

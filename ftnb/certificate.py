@@ -100,4 +100,4 @@ def certificate_page(
     how = f'{rep["questions"]} held-out questions answered greedily; divergence over {rep["tokens"]:,} tokens of {rep["rows"]} rows, the whole vocabulary, against the trained model {held_note(rep) or "in float32"}. Tokens/s are of one answer alone on this machine.'
     cut = lambda s: s if len(s)<300 else s[:300]+' …'
     answers = Table([{k: cut(v) for k,v in o.items()} for o in rep['answers'][:10]], title='Answers')
-    return html_page(f'{name}: certificate', [rep['line'], certificate_table(rep), how, *([fault_table(rep)] if not rep['ok'] else []), limit_table(rep.get('held', 'float32')), *([answers] if rep['answers'] else [])])
+    return html_page(f'{name}: certificate', [certificate_table(rep), how, *([fault_table(rep)] if not rep['ok'] else []), limit_table(rep.get('held', 'float32')), *([answers] if rep['answers'] else [])])

@@ -102,6 +102,10 @@ class StageFailed(UserError):
 
 def _kernel_died(e)->bool: return type(e).__name__ in ('DeadKernelError',) or 'Kernel died' in str(e)
 
+def _own(record)->bool:
+    "Not what asyncio says of a cell that was interrupted, long after the run has said that it was stopped"
+    return 'NotebookClient.' not in record.getMessage()
+
 def run_stage(
     run:Run, stage:str,
     debug:bool=False, # Keep the traceback of what failed
@@ -110,6 +114,7 @@ def run_stage(
     import logging, warnings
     import papermill as pm
     logging.getLogger('papermill').setLevel(logging.ERROR)
+    logging.getLogger('asyncio').addFilter(_own)
     src = stage_notebook(stage)
     mine = parameters_of(src)
     values = {**{k:v for k,v in to_dict(run.recipe, all=True).items() if k in mine}, **to_dict(run.recipe), 'output_dir': str(run.folder)}

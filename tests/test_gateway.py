@@ -137,6 +137,19 @@ def test_a_body_that_is_no_request_is_refused_in_openais_form(seen, body):
     r = http.post(f'{seen.url}/v1/chat/completions', content=body, headers={'Authorization': 'Bearer right'})
     assert r.status_code in (400, 404) and r.json()['error']['type']=='invalid_request_error' and not seen.stand.asked
 
+def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(tmp_path):
+    sent = []
+    def parts():
+        for i in range(200):
+            sent.append(i)
+            yield b'x'*2**20
+    with front(tmp_path, max_body=2**20) as f:
+        r = http.post(f.url+'/v1/chat/completions', content=b' '*(2**20+1), headers=dict(Authorization='Bearer right'))
+        assert r.status_code==413 and r.json()['error']['message']=='The body of the request has over 1,048,576 bytes, the most that is taken here.'
+        try: http.post(f.url+'/v1/chat/completions', content=parts(), headers=dict(Authorization='Bearer right'))
+        except httpx.HTTPError: pass # the server may hang up while the client still sends
+        assert len(sent)<200 and f.ask().status_code==200
+
 def test_what_is_not_here_says_what_is(seen):
     r = http.get(f'{seen.url}/v2', headers={'Authorization': 'Bearer right'})
     assert r.status_code==404 and '/v1/chat/completions' in r.json()['error']['message']
