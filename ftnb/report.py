@@ -61,7 +61,7 @@ def plot_metrics(rep:dict, path=None):
 
 _page = '''<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width">
 <style>:root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0;width:100%}}
-td,th{{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:left;vertical-align:top}}caption{{font-weight:600;padding:.3rem 0}}td{{overflow-wrap:anywhere;white-space:pre-line}}
+td,th{{padding:.3rem .6rem;border-bottom:1px solid #8886;text-align:left;vertical-align:top}}caption{{font-weight:600;padding:.3rem 0}}td{{overflow-wrap:anywhere;min-width:4.2em;white-space:pre-line}}td:first-child{{min-width:6.5em}}
 @media(max-width:700px){{table{{display:block;overflow-x:auto}}td{{min-width:5.5rem}}caption{{display:block;max-width:calc(100vw - 2rem)}}}}</style><h1>{title}</h1>{body}</html>'''
 
 def html_page(title:str, parts:list)->str:
