@@ -81,6 +81,7 @@ def main():
     a = p.parse_args()
     if a.do: return dict(make_adapter=make_adapter, merge=merge, noise=noise)[a.do](a)
     from safetensors.torch import load_file
+    from ftnb.base import write_json
     from ftnb.runs import hardware, versions
     with tempfile.TemporaryDirectory() as d:
         child(a, 'make_adapter', adapter=f'{d}/adapter')
@@ -90,7 +91,7 @@ def main():
         res['files'], res['bytes'] = len([*Path(d, 'shards').glob('*.safetensors')]), sum(f.stat().st_size for f in Path(d, 'shards').glob('*.safetensors'))
         res['noise'] = child(a, 'noise', adapter=f'{d}/adapter', to=d, merged=f'{d}/shards')
     res.update(model=a.model, shard=a.shard, versions=versions(), hardware={k: v for k,v in hardware().items() if k in ('cpu', 'cores', 'gpus')}, command='python bench/merge.py')
-    json.dump(res, open(a.out, 'w'), indent=1)
+    write_json(a.out, res)
     print(json.dumps({k: v for k,v in res.items() if k!='versions'}, indent=1))
 
 if __name__=='__main__': main()

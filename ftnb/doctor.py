@@ -202,7 +202,7 @@ def _packages(root):
     pinned, rows = read_lock(lock), {}
     for name,spec,extra in needs(): # ipykernel is named twice: what a run takes is more than what the panels take
         r = package_row(name, spec, extra, pinned, lock)
-        if name not in rows or r['verdict']!='ok': rows[name] = r
+        if name not in rows or rows[name]['verdict']!='fail' and r['verdict']!='ok': rows[name] = r
     return [finding('lock', str(lock or 'none, so versions are not compared')), *rows.values()]
 
 def doctor(

@@ -67,6 +67,11 @@ def test_a_version_that_ftnb_does_not_take(monkeypatch):
     monkeypatch.setattr(metadata, 'version', lambda name: '2.13.0+cpu')
     assert row(package_row('torch', spec, 'train', dict(torch='2.13.0')))==('ok', '2.13.0+cpu, same as the lock', '')
 
+def test_what_a_run_can_not_use_stays_a_failure_where_the_panels_would_take_it(monkeypatch, quick):
+    true = metadata.version
+    monkeypatch.setattr(metadata, 'version', lambda name: '6.0' if name=='ipykernel' else true(name))
+    assert [(r['verdict'], r['found']) for r in doctor('smollm2-135m').rows if r['check']=='ipykernel']==[('fail', '6.0, but ftnb needs >=6.17')]
+
 def test_a_kernel_under_which_clicks_overtake_text_is_named_once(monkeypatch, quick):
     true = metadata.version
     monkeypatch.setattr(metadata, 'version', lambda name: '7.4.0' if name=='ipykernel' else true(name))
